@@ -1,0 +1,166 @@
+"""One frozen EngineConfig. Its fields are the command line's engine flags and LLM's arguments. No torch here."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+def _flag(default: Any, help: str, *short: str, parse: Any = None, choices: Sequence[str] | None = None) -> Any:
+    meta = {"help": help, "short": short, "parse": parse, "choices": choices}
+    return field(default=default, metadata=meta)
+
+
+def _size(text: str) -> int:
+    """Bytes: 4096, 512M, 1.5G (powers of 1024)."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        return int(float(number) * unit)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 4096, 512M or 1.5G") from None
+
+
+def _partition(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer counts such as 9,11,10") from None
+
+
+def _overrides(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides how the engine is built. None means "choose for me"; `LLM(**kwargs)` takes the same names."""
+
+    model: str = _flag(None, "directory of a Hugging Face checkpoint, or a Hub id")
+    tokenizer: str | None = _flag(None, "directory or Hub id of the tokenizer (default: the model's)")
+    revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
+    download_dir: str | None = _flag(None, "where Hub downloads are kept (default: the Hub's cache)")
+    load_format: str = _flag("auto", "dummy: random weights from config.json alone", choices=LOAD_FORMATS)
+    hf_overrides: dict[str, Any] | None = _flag(None, "JSON object laid over config.json", parse=_overrides)
+    dtype: str = _flag("auto", "of weights and activations; auto: the checkpoint's", choices=DTYPES)
+    seed: int = _flag(0, "of dummy weights, and of requests without a seed of their own")
+    max_model_len: int | None = _flag(None, "longest prompt + output in tokens (default: the model's)", parse=int)
+
+    tensor_parallel_size: int | None = _flag(None, "ranks a layer is split over (default: world / pp)", "-tp", parse=int)
+    pipeline_parallel_size: int = _flag(1, "stages the layers are split over", "-pp")
+    pipeline_layer_partition: tuple[int, ...] | None = _flag(
+        None, "layers of each stage, such as 9,11,10 (default: balanced)", parse=_partition
+    )
+    distributed_timeout_seconds: int = _flag(1800, "longest wait for another rank inside one step")
+    num_threads: int | None = _flag(None, "CPU threads of each rank (default: cores / ranks on the host)", parse=int)
+
+    gpu_memory_utilization: float = _flag(0.9, "share of each GPU's memory to use")
+    kv_cache_memory_bytes: int | None = _flag(
+        None, "bytes of KV cache per rank, such as 4G (default: on GPUs by profiling, on CPUs a share of free memory)",
+        parse=_size,
+    )  # fmt: skip
+    num_gpu_blocks_override: int | None = _flag(None, "number of KV blocks, whatever memory there is", parse=int)
+    block_size: int = _flag(16, "tokens a KV block holds")
+    enable_prefix_caching: bool = _flag(True, "reuse the KV blocks of equal prompt beginnings")
+
+    max_num_seqs: int = _flag(256, "most requests running at once")
+    max_num_batched_tokens: int = _flag(2048, "most tokens in one batch")
+    enable_chunked_prefill: bool = _flag(True, "split prompts that do not fit a batch over several")
+    disable_log_stats: bool = _flag(False, "do not log throughput every 10 s")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model must be a directory or a Hub id, not {self.model!r}")
+        for name, choices in (("dtype", DTYPES), ("load_format", LOAD_FORMATS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {self.gpu_memory_utilization!r}")
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.pipeline_layer_partition is not None:
+            self._check_partition(self.pipeline_layer_partition)
+
+    def _check_partition(self, partition: tuple[int, ...]) -> None:
+        if len(partition) != self.pipeline_parallel_size or any(count < 1 for count in partition):
+            raise ValueError(
+                f"pipeline_layer_partition must be {self.pipeline_parallel_size} positive layer counts "
+                f"(one a stage), not {','.join(map(str, partition))}"
+            )
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
+        """Builds a config; an unknown name is an error that offers the nearest one."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+                raise ValueError(f"unknown argument {name!r}; {hint}")
+        if isinstance(kwargs.get("pipeline_layer_partition"), (list, str)):
+            value = kwargs["pipeline_layer_partition"]
+            kwargs["pipeline_layer_partition"] = _partition(value) if isinstance(value, str) else tuple(value)
+        if isinstance(kwargs.get("kv_cache_memory_bytes"), str):
+            kwargs["kv_cache_memory_bytes"] = _size(kwargs["kv_cache_memory_bytes"])
+        return cls(**kwargs)
+
+
+_POSITIVE = (
+    "tensor_parallel_size", "pipeline_parallel_size", "max_model_len", "distributed_timeout_seconds", "num_threads",
+    "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size", "max_num_seqs", "max_num_batched_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The HTTP endpoint of rank 0."""
+
+    host: str = _flag("127.0.0.1", "address to listen on (0.0.0.0: all)")
+    port: int = _flag(8000, "port to listen on")
+    served_model_name: str | None = _flag(None, "name clients use (default: base name of --model)")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Adds one flag per field of the config class: `--max-model-len`, and `--no-enable-...` for switches."""
+    for f in dataclasses.fields(config_class):
+        flags = ["--" + f.name.replace("_", "-"), *f.metadata["short"]]
+        help = f.metadata["help"] + ("" if f.default in (None, False, True) else f" (default: {f.default})")
+        if isinstance(f.default, bool):
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=f.default, help=help)
+            continue
+        parse = f.metadata["parse"] or (type(f.default) if f.default is not None else str)
+        required = f.name == "model"
+        parser.add_argument(
+            *flags, type=parse, default=f.default, choices=f.metadata["choices"], required=required, help=help
+        )
+
+
+def from_args(args: argparse.Namespace, config_class: type) -> Any:
+    """The config whose fields stand in parsed arguments. Raises ValueError for values that do not fit."""
+    return config_class(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config_class)})
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one ValueError, so that every rank's caller decides who prints it."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message}; --help lists every option")

@@ -1,0 +1,153 @@
+"""The one message per step from rank 0 to every rank, and the one that brings sampled tokens back.
+
+Layout, all int32: a fixed header, then arrays whose lengths stand in the header, then MessagePack bytes (padded to whole
+words) for what is rare or irregular. Nothing trusts the sender: lengths are checked here, indices by the runner.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from infer.request import SamplingParams, TokenLogprobs
+
+MAGIC, VERSION = 0x1F3ABA7C, 1
+
+
+class Kind(enum.IntEnum):
+    STEP = 1  # run a batch
+    IDLE = 2  # nothing to do; rank 0 is alive
+    BUILD = 3  # build an engine from the config in the payload
+    CLOSE = 4  # drop the engine, wait for the next
+    EXIT = 5  # end the process
+
+
+# Columns of Batch.rows.
+SEQ, START, COUNT, FLAGS, NEW_TOKENS, NEW_BLOCKS = range(6)
+COLUMNS = 6
+# Bits of the FLAGS column.
+SAMPLE = 1  # draw a token after the last of these tokens
+NEW = 2  # the sequence is unknown to the ranks: its description is the next entry of Batch.new
+RESET = 4  # forget its block table first (it was preempted)
+PROMPT_LOGPROBS = 8  # report the log-probabilities of the prompt tokens in this range
+
+
+class NewSequence(msgspec.Struct, array_like=True):
+    """What the ranks must know of a sequence (one choice of a request) besides its tokens."""
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    num_prompt_tokens: int
+    eos_token_ids: list[int]
+
+
+@dataclass
+class Batch:
+    """rows [num_seqs, 6] int32: sequence id, first position, number of tokens, flags, and how many of `tokens` (newly
+    known ones) and `blocks` (appended to its block table) belong to it. freed: sequence ids to forget, before anything
+    else is read."""
+
+    step: int
+    rows: np.ndarray
+    tokens: np.ndarray
+    blocks: np.ndarray
+    freed: np.ndarray
+    new: list[NewSequence] = field(default_factory=list)
+    report: bool = False  # stages publish their busy time after this step
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.rows[:, COUNT].sum())
+
+
+@dataclass
+class StepResult:
+    """What a step produced. token_ids and logprobs: one entry per row with SAMPLE, in order; -1 where the logits were
+    not finite. prompt_logprobs: sequence id -> the entries for this chunk's positions."""
+
+    step: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class _Rare(msgspec.Struct, array_like=True):
+    logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+
+_HEADER = 12
+_new_decoder = msgspec.msgpack.Decoder(list[NewSequence])
+_rare_decoder = msgspec.msgpack.Decoder(_Rare)
+_encode = msgspec.msgpack.encode
+
+
+def encode_batch(batch: Batch, generation: int) -> np.ndarray:
+    """A STEP message, int32."""
+    payload = _encode(batch.new) if batch.new else b""
+    arrays = [batch.rows.reshape(-1), batch.tokens, batch.blocks, batch.freed]
+    counts = [len(batch.rows), len(batch.tokens), len(batch.blocks), len(batch.freed)]
+    return _message(Kind.STEP, generation, batch.step, counts, int(batch.report), arrays, payload)
+
+
+def encode_control(kind: Kind, generation: int, payload: Any = None) -> np.ndarray:
+    """An IDLE, BUILD, CLOSE or EXIT message."""
+    return _message(kind, generation, 0, [0, 0, 0, 0], 0, [], b"" if payload is None else _encode(payload))
+
+
+def decode(words: np.ndarray, generation: int) -> tuple[Kind, Batch | Any]:
+    """The kind of a message and its batch (STEP) or payload. Raises ValueError on anything malformed or of another
+    generation of ranks."""
+    if len(words) < _HEADER or words[0] != MAGIC or words[1] != VERSION or words[11] != len(words):
+        raise ValueError(f"not a version {VERSION} message: {len(words)} words, header {words[:_HEADER].tolist()}")
+    if words[2] != generation:
+        raise ValueError(f"a message of generation {int(words[2])} reached generation {generation}")
+    kind, step, report, num_bytes = Kind(int(words[4])), int(words[3]), bool(words[9]), int(words[10])
+    counts = [int(n) for n in words[5:9]]
+    sizes = [counts[0] * COLUMNS, *counts[1:]]
+    if min(*counts, num_bytes) < 0 or _HEADER + sum(sizes) + -(-num_bytes // 4) != len(words):
+        raise ValueError(f"a message of {len(words)} words claims {counts} and {num_bytes} bytes")
+    parts, at = [], _HEADER
+    for size in sizes:
+        parts.append(words[at : at + size])
+        at += size
+    payload = words[at:].tobytes()[:num_bytes]
+    if kind != Kind.STEP:
+        return kind, msgspec.msgpack.decode(payload) if payload else None
+    rows, tokens, blocks, freed = parts
+    new = _new_decoder.decode(payload) if payload else []
+    return kind, Batch(step, rows.reshape(-1, COLUMNS), tokens, blocks, freed, new, report)
+
+
+def encode_result(result: StepResult, generation: int) -> np.ndarray:
+    """A result message, int32."""
+    rare = b""
+    if any(entry is not None for entry in result.logprobs) or result.prompt_logprobs:
+        rare = _encode(_Rare(result.logprobs, result.prompt_logprobs))
+    tokens = np.array(result.token_ids, dtype=np.int32)
+    return _message(Kind.STEP, generation, result.step, [0, len(tokens), 0, 0], 0, [tokens], rare)
+
+
+def decode_result(words: np.ndarray, generation: int) -> StepResult:
+    """The result in a message. Raises ValueError as `decode` does."""
+    if len(words) < _HEADER or words[0] != MAGIC or words[2] != generation or words[11] != len(words):
+        raise ValueError(f"not a result of generation {generation}: header {words[:_HEADER].tolist()}")
+    count, num_bytes = int(words[6]), int(words[10])
+    tokens = words[_HEADER : _HEADER + count].tolist()
+    payload = words[_HEADER + count :].tobytes()[:num_bytes]
+    if not payload:
+        return StepResult(int(words[3]), tokens, [None] * count)
+    rare = _rare_decoder.decode(payload)
+    return StepResult(int(words[3]), tokens, rare.logprobs, rare.prompt_logprobs)
+
+
+def _message(
+    kind: Kind, generation: int, step: int, counts: list[int], report: int, arrays: list[np.ndarray], payload: bytes
+) -> np.ndarray:
+    tail = np.frombuffer(payload + b"\0" * (-len(payload) % 4), dtype=np.int32)
+    length = _HEADER + sum(len(a) for a in arrays) + len(tail)
+    header = [MAGIC, VERSION, generation, step, int(kind), *counts, report, len(payload), length]
+    return np.concatenate([np.array(header, dtype=np.int32), *arrays, tail]).astype(np.int32, copy=False)

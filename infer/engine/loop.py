@@ -1,0 +1,306 @@
+"""The loops: rank 0's Engine, which decides, and the followers, which obey."""
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from infer.cache.blocks import BlockPool
+from infer.config import EngineConfig
+from infer.engine import batch as messages
+from infer.engine.batch import Batch, Kind, StepResult
+from infer.engine.scheduler import Scheduler
+from infer.engine.startup import Built, Phases, StartupError, build, decode_config, encode_config
+from infer.engine.stats import Clock, PipelineTime, ThroughputLog
+from infer.parallel.groups import World
+from infer.parallel.topology import Topology
+from infer.request import Output, Request
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 60.0  # rank 0 sends at least one message so often, so that no finite timeout ends an idle world
+REPORT_SECONDS = 2.0  # how often the stages publish their busy time
+
+
+class RankLost(RuntimeError):
+    """Another rank is gone; this generation of ranks cannot go on."""
+
+
+class Courier:
+    """Sends rank 0's messages to every rank from a thread of its own, in order, and an IDLE one when there is none."""
+
+    def __init__(self, world: World):
+        self._world = world
+        self._generation = world.env.restart_count
+        self._outbox: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+        if world.size > 1:
+            self._thread.start()
+
+    def send_batch(self, batch: Batch) -> None:
+        self._put(lambda: messages.encode_batch(batch, self._generation))
+
+    def send(self, kind: Kind, payload: Any = None) -> None:
+        self._put(lambda: messages.encode_control(kind, self._generation, payload))
+
+    def _put(self, encode: Callable[[], np.ndarray]) -> None:
+        if self._world.size == 1:
+            return
+        if self.error is not None:
+            raise RankLost(f"a rank is gone: {self.error}")
+        self._outbox.put(encode())
+
+    def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    words = self._outbox.get(timeout=IDLE_SECONDS)
+                except queue.Empty:
+                    words = messages.encode_control(Kind.IDLE, self._generation)
+                if words is None:
+                    return
+                self._world.frames.send(torch.from_numpy(words))
+        except RuntimeError as error:
+            self.error = error
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        if self._thread.is_alive():
+            self._outbox.put(None)
+            self._thread.join()
+
+
+class Engine:
+    """Rank 0's engine: takes requests, runs batches over all ranks, gives outputs.
+
+    Only one exists at a time in a world. Raises StartupError where it cannot be built; all ranks then wait for the next.
+    """
+
+    def __init__(self, world: World, courier: Courier, config: EngineConfig, *, number: int = 0,
+                 is_server: bool = False, progress: Callable[[str], None] | None = None):  # fmt: skip
+        topology = Topology.resolve(world.size, config.tensor_parallel_size, config.pipeline_parallel_size)
+        self._world, self._courier, self._topology = world, courier, topology
+        self._name = f"engine{number}"
+        courier.send(Kind.BUILD, {"config": encode_config(config), "name": self._name, "is_server": is_server})
+        phases = Phases(world, self._name, is_server, progress)
+        self.built: Built = build(world, config, phases)
+        phases.run("getting ready", lambda: None)
+        self.config, self.model_config = config, self.built.model_config
+        self.max_model_len = self.built.max_model_len
+        self.scheduler = Scheduler(
+            BlockPool(self.built.num_blocks, config.block_size),
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            pp_size=topology.pp_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+        )
+        self._results: queue.SimpleQueue[StepResult | BaseException] = queue.SimpleQueue()
+        self._receiver = threading.Thread(target=self._receive_results, name="results", daemon=True)
+        if self.built.groups.results is not None:
+            self._receiver.start()
+        self._clock = Clock()
+        self._reported = 0.0
+        self._log = ThroughputLog(self.scheduler)
+
+    # ------------------------------------------------------------------ requests
+
+    def submit(self, request: Request) -> None:
+        """Queues a request whose prompt was checked (`check_prompt`)."""
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """Ends a request, or one choice of it; nothing more comes of it."""
+        self.scheduler.abort(request_id, choice)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[Output]:
+        """Fills the pipeline, then waits for its oldest batch. Call it while there is work.
+
+        Raises RankLost when another rank is gone.
+        """
+        self._clock.start()
+        while (batch := self.scheduler.next()) is not None:
+            self._run(batch)
+        if not self.scheduler.num_in_flight:  # everything was aborted meanwhile
+            return []
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise RankLost(f"the rank that samples is gone: {result}")
+        outputs = self.scheduler.update(result)
+        if not self.scheduler.num_in_flight and not self.has_work:
+            self._clock.stop()
+        self.log_stats()
+        return outputs
+
+    def _run(self, batch: Batch) -> None:
+        now = time.monotonic()
+        if self._topology.pp_size > 1 and now - self._reported > REPORT_SECONDS:
+            batch.report, self._reported = True, now
+        self._courier.send_batch(batch)
+        try:
+            result = self.built.runner.run(batch)
+        except RuntimeError as error:
+            if self._world.size > 1 and _is_connection_loss(error):
+                raise RankLost(f"a rank is gone: {error}") from error
+            raise
+        if result is not None:
+            self._results.put(result)
+
+    def _receive_results(self) -> None:
+        frames, generation = self.built.groups.results, self._world.env.restart_count
+        assert frames is not None
+        try:
+            while True:
+                words = frames.receive().numpy()
+                if words[4] == Kind.CLOSE:
+                    return
+                self._results.put(messages.decode_result(words, generation))
+        except (RuntimeError, ValueError) as error:
+            self._results.put(error)
+
+    # ------------------------------------------------------------------ figures
+
+    def pipeline_time(self) -> PipelineTime:
+        """Busy seconds of each stage, at most REPORT_SECONDS old."""
+        busy = [self.built.runner.busy_seconds]
+        for pp in range(1, self._topology.pp_size):
+            key = f"{self._name}/busy/{pp}"
+            store = self._world.store
+            busy.append(float(store.get(key)) if store is not None and store.check([key]) else 0.0)
+        return PipelineTime(self._clock.seconds, busy)
+
+    def log_stats(self) -> None:
+        """Logs the throughput line when one is due."""
+        if not self.config.disable_log_stats and self._log.due():
+            self._log.log(self.pipeline_time())
+
+    # ------------------------------------------------------------------ end
+
+    def close(self) -> None:
+        """Ends the engine on every rank; the followers wait for the next one."""
+        for request_id in list(self.scheduler.unfinished()):
+            self.scheduler.abort(request_id)
+        while self.scheduler.num_in_flight:
+            self.step()
+        self._courier.send(Kind.CLOSE)
+        if self._receiver.is_alive():
+            self._receiver.join()
+        self.built.groups.close()
+
+
+class Follower:
+    """Every rank but 0: builds what it is told to build, runs what it is told to run."""
+
+    def __init__(self, world: World):
+        self._world = world
+        self._generation = world.env.restart_count
+        self._inbox: queue.SimpleQueue[tuple[Kind, Any] | BaseException] = queue.SimpleQueue()
+        self._built: Built | None = None
+        self._name = ""
+        self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
+
+    def run(self) -> None:
+        """Serves rank 0 until it says EXIT. Raises RankLost when another rank is gone."""
+        self._receiver.start()
+        while True:
+            item = self._inbox.get()
+            if isinstance(item, BaseException):
+                raise RankLost(f"rank 0 is gone: {item}")
+            kind, payload = item
+            if kind == Kind.EXIT:
+                return
+            if kind == Kind.STEP:
+                self._step(payload)
+            elif kind == Kind.BUILD:
+                self._build(payload)
+            elif kind == Kind.CLOSE:
+                self._close()
+
+    def _receive(self) -> None:
+        """Always has a receive posted, so that rank 0 never waits for this rank's computing."""
+        kind = None
+        try:
+            while kind != Kind.EXIT:
+                kind, payload = messages.decode(self._world.frames.receive().numpy(), self._generation)
+                if kind == Kind.STEP and self._built is not None:
+                    self._built.runner.receive(payload)
+                self._inbox.put((kind, payload))
+        except (RuntimeError, ValueError) as error:
+            self._inbox.put(error)
+
+    def _build(self, payload: dict[str, Any]) -> None:
+        self._name = payload["name"]
+        phases = Phases(self._world, self._name, payload["is_server"])
+        # On failure rank 0 tells the user; this rank waits for what comes next.
+        with contextlib.suppress(StartupError):
+            self._built = build(self._world, decode_config(payload["config"]), phases)
+            phases.run("getting ready", lambda: None)  # rank 0 sends steps once every rank has its runner in place
+
+    def _step(self, batch: Batch) -> None:
+        built = self._built
+        assert built is not None, "a batch came before an engine was built"
+        try:
+            result = built.runner.run(batch)
+            if result is not None:
+                built.groups.results.send(torch.from_numpy(messages.encode_result(result, self._generation)))
+        except RuntimeError as error:
+            if _is_connection_loss(error):
+                raise RankLost(f"a rank is gone: {error}") from error
+            raise
+        if batch.report and built.groups.tp_rank == 0:
+            key = f"{self._name}/busy/{built.groups.pp_rank}"
+            self._world.store.set(key, f"{built.runner.busy_seconds:.6f}")
+
+    def _close(self) -> None:
+        built, self._built = self._built, None
+        if built is None:
+            return
+        if built.groups.results is not None:
+            closing = messages.encode_control(Kind.CLOSE, self._generation)
+            built.groups.results.send(torch.from_numpy(closing))
+        built.groups.close()
+
+
+def _is_connection_loss(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in ("connection closed", "connection reset", "timed out", "gloo/transport"))
+
+
+def follow(world: World) -> NoReturn:
+    """Runs a follower to its end and ends the process: status 0 when rank 0 said so, 1 on a loss or an error."""
+    status = 0
+    try:
+        Follower(world).run()
+        leave(world)
+    except RankLost as lost:
+        print(f"infer: rank {world.rank} ends: {lost}".splitlines()[0], file=sys.stderr)
+        status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def leave(world: World) -> None:
+    """The last thing all ranks do together."""
+    if world.size > 1:
+        world.barrier()
+        world.destroy()

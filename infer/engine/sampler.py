@@ -1,0 +1,217 @@
+"""Logits to tokens, on the tensor-parallel ranks of the last stage.
+
+Every rank holds the logits of a range of the vocabulary, calls the sampler with the same rows, and takes the same path
+for each from its parameters alone, so that the collectives match. The group's first rank has the result. What travels:
+
+- greedy, and random without truncation: each rank's best (value, token id), perturbed by noise where random;
+- random with a small top_k: each rank's k largest logits;
+- all else (top_p or min_p without top_k, logprobs): the rows themselves.
+
+A token depends on its own row alone: not on other rows in the batch, not on how the vocabulary is split (see draw.py
+for the noise and for why sums and ties are safe).
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from infer.engine.draw import (
+    counters,
+    draw,
+    draw_from_rows,
+    draws_of,
+    in_order,
+    largest,
+    perturbed_max,
+    stream_key,
+)
+from infer.engine.logit_edits import SampleRow, edited_logits
+from infer.parallel.groups import Group
+from infer.request import SamplingParams, TokenLogprobs
+
+__all__ = ["SampleResult", "SampleRow", "Sampler"]
+
+# The largest top_k whose candidates are gathered shard by shard; a larger one gathers the rows.
+MAX_GATHERED_TOP_K = 1024
+
+# Whole rows are gathered and worked on so many elements at a time (64 MiB in float32).
+MAX_ELEMENTS_AT_ONCE = 1 << 24
+
+
+@dataclass
+class SampleResult:
+    """What a step drew, on the sampling rank; one entry a row."""
+
+    token_ids: list[int]  # -1 where no token can be drawn: the logits held NaN or +inf, or no token is left
+    logprobs: list[TokenLogprobs | None]  # where params.logprobs is not None and a token was drawn
+
+
+class _Path(Enum):
+    BEST = "the best of each shard"
+    TOP_K = "the k largest of each shard"
+    ROWS = "the whole rows"
+
+
+class Sampler:
+    """Draws tokens from logits that are split over a tensor-parallel group by token id."""
+
+    def __init__(self, tp: Group, vocab_starts: list[int]):
+        """vocab_starts: rank i holds the token ids [vocab_starts[i], vocab_starts[i + 1]); the last is the vocabulary's
+        size. Raises ValueError if some rank would hold none."""
+        rising = all(a < b for a, b in zip(vocab_starts, vocab_starts[1:], strict=False))
+        if len(vocab_starts) != tp.size + 1 or vocab_starts[0] != 0 or not rising:
+            raise ValueError(f"vocab_starts must be {tp.size + 1} rising integers from 0, not {vocab_starts}")
+        self.tp = tp
+        self.vocab_size = vocab_starts[-1]
+        self.widths = [b - a for a, b in zip(vocab_starts, vocab_starts[1:], strict=False)]
+        self.start, self.width = vocab_starts[tp.index], self.widths[tp.index]
+        self._counters: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, rows: list[SampleRow]) -> SampleResult | None:
+        """Draws one token a row. logits: this rank's [rows, local_vocab] in float32, bfloat16 or float16; not changed.
+
+        Called by all ranks of the group together, with the same rows. The result is on the first rank, None elsewhere.
+        """
+        self._check_shape(logits, len(rows))
+        result = SampleResult([-1] * len(rows), [None] * len(rows))
+        members: dict[_Path, list[int]] = {path: [] for path in _Path}
+        for i, row in enumerate(rows):
+            members[self._path(row.params)].append(i)
+        for path, indices in members.items():
+            if not indices:
+                continue
+            part, chosen = _select(logits, indices), [rows[i] for i in indices]
+            if path is _Path.ROWS:
+                tokens, logprobs = self._sample_rows(part, chosen)
+            else:
+                drawn = self._sample_best(part, chosen) if path is _Path.BEST else self._sample_top_k(part, chosen)
+                tokens, logprobs = [] if drawn is None else drawn.tolist(), [None] * len(chosen)
+            if self.tp.index == 0:
+                for i, token, entry in zip(indices, tokens, logprobs, strict=True):
+                    result.token_ids[i], result.logprobs[i] = token, entry
+        return result if self.tp.index == 0 else None
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, logits: Tensor, targets: list[int], k: list[int]) -> list[TokenLogprobs] | None:
+        """The log-probability of a given next token in each row, then those of the row's k most likely ones.
+
+        logits: this rank's [rows, local_vocab], as the model gave them. targets, k: one a row. A row with a NaN or +inf
+        gives NaN log-probabilities. On the first rank, None elsewhere.
+        """
+        self._check_shape(logits, len(targets))
+        found: list[TokenLogprobs] = []
+        for first, part in self._gathered(logits):
+            if part is not None:
+                last = first + len(part)
+                found += token_logprobs(part, torch.tensor(targets[first:last], device=part.device), k[first:last])
+        return found if self.tp.index == 0 else None
+
+    def _path(self, params: SamplingParams) -> _Path:
+        if params.logprobs is not None:
+            return _Path.ROWS
+        if params.greedy or params.top_k == 1:
+            return _Path.BEST
+        if 0 < params.top_k < self.vocab_size:  # min_p and top_p then need only those k
+            return _Path.TOP_K if params.top_k <= MAX_GATHERED_TOP_K else _Path.ROWS
+        return _Path.ROWS if params.top_p < 1 or params.min_p > 0 else _Path.BEST
+
+    def _sample_best(self, logits: Tensor, rows: list[SampleRow]) -> Tensor | None:
+        """Tokens of rows on the path BEST: int64 [rows] on the first rank."""
+        values, ids = self._best(logits, rows, self.start)
+        candidates = self._gather_candidates(values[:, None], ids[:, None], [1] * self.tp.size)
+        if candidates is None:
+            return None
+        values, place = candidates[0].max(-1)  # shards stand in the order of their ids: the first of equals is the lowest
+        return candidates[1].gather(-1, place[:, None]).squeeze(-1).masked_fill_(~values.isfinite(), -1)
+
+    def _best(self, logits: Tensor, rows: list[SampleRow], start: int) -> tuple[Tensor, Tensor]:
+        """Each row's largest logit, perturbed where the row is random, among the token ids from `start` on.
+
+        Returns float32 [rows], int64 token ids [rows]. Only rows that are edited are copied.
+        """
+        values = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for i, row in enumerate(rows):
+            kinds.setdefault((row.params.greedy or row.params.top_k == 1, row.is_edited), []).append(i)
+        for (greedy, edited), indices in kinds.items():
+            part, chosen = _select(logits, indices), [rows[i] for i in indices]
+            if edited:
+                part = edited_logits(part, chosen, start)
+            best, columns = part.max(-1) if greedy else self._perturbed_max(part, chosen, start)
+            where = torch.tensor(indices, device=logits.device)
+            values[where], ids[where] = best.float(), columns + start
+        return values, ids
+
+    def _perturbed_max(self, logits: Tensor, rows: list[SampleRow], start: int) -> tuple[Tensor, Tensor]:
+        device, width = logits.device, logits.shape[-1]
+        if (start, width, device) not in self._counters:  # two at most: this rank's range and the whole
+            ids = torch.arange(start, start + width, device=device)
+            self._counters[start, width, device] = counters(ids)
+        temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=device)
+        keys = torch.tensor(_keys(rows), dtype=torch.int64, device=device)
+        return perturbed_max(logits, temperatures, keys, self._counters[start, width, device])
+
+    def _sample_top_k(self, logits: Tensor, rows: list[SampleRow]) -> Tensor | None:
+        """Tokens of rows on the path TOP_K: int64 [rows] on the first rank."""
+        if any(row.is_edited for row in rows):
+            logits = edited_logits(logits, rows, self.start)
+        k = max(row.params.top_k for row in rows)
+        values, columns = largest(logits, k)
+        candidates = self._gather_candidates(values, columns + self.start, [min(k, width) for width in self.widths])
+        if candidates is None:
+            return None
+        values, ids = (tensor[:, :k] for tensor in in_order(*candidates))
+        draws = draws_of([row.params for row in rows], _keys(rows), self.vocab_size, logits.device)
+        # The k largest hold every row's own top_k, so they are all there are, and no other mass is asked for.
+        tokens, _ = draw(values, ids, draws, mass=torch.zeros_like(draws.top_p), whole=True)
+        return tokens
+
+    def _gather_candidates(self, values: Tensor, ids: Tensor, counts: list[int]) -> tuple[Tensor, Tensor] | None:
+        """Values and ids [rows, counts[rank]] of all ranks side by side, on the first rank.
+
+        They travel as one tensor, and in float64, which holds both exactly.
+        """
+        if self.tp.size == 1:
+            return values, ids
+        packed = torch.cat([values.double(), ids.double()], dim=-1)
+        gathered = self.tp.gather(packed, [2 * count for count in counts])
+        if gathered is None:
+            return None
+        pieces = [piece.chunk(2, dim=-1) for piece in gathered.split([2 * count for count in counts], dim=-1)]
+        return torch.cat([v for v, _ in pieces], -1).float(), torch.cat([i for _, i in pieces], -1).long()
+
+    def _gathered(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
+        raise NotImplementedError
+
+    def _sample_rows(self, logits: Tensor, rows: list[SampleRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Tokens and log-probabilities of rows on the path ROWS, on the first rank; nothing elsewhere."""
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        for first, part in self._gathered(logits):
+            if part is not None:
+                chosen = rows[first : first + len(part)]
+                drawn = self._draw_rows(part, chosen)
+                tokens += drawn.tolist()
+                logprobs += _drawn_logprobs(part, drawn, chosen)
+        return tokens, logprobs
+
+    def _draw_rows(self, logits: Tensor, rows: list[SampleRow]) -> Tensor:
+        """Tokens, int64 [rows], from whole rows [rows, vocab]."""
+        truncated = [i for i, row in enumerate(rows) if not self._is_best_of_row(row.params)]
+        whole = [i for i, row in enumerate(rows) if self._is_best_of_row(row.params)]
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        if whole:
+            values, ids = self._best(_select(logits, whole), [rows[i] for i in whole], 0)
+            tokens[whole] = ids.masked_fill_(~values.isfinite(), -1)
+        if truncated:
+            part, chosen = _select(logits, truncated), [rows[i] for i in truncated]
+            if any(row.is_edited for row in chosen):
+                part = edited_logits(part, chosen, 0)
+            draws = draws_of([row.params for row in chosen], _keys(chosen), self.vocab_size, logits.device)
+            tokens[truncated] = draw_from_rows(part, draws)
+        return tokens

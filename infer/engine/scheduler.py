@@ -1,0 +1,405 @@
+"""Rank 0's policy: which tokens of which sequences run in the next batch. No torch, no clock, no I/O.
+
+There are no prefill and decode phases. A sequence is a number of computed tokens catching up with a number of known
+ones; the step that reaches the last known token also draws the next.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from infer.cache.blocks import BlockPool, block_hash
+from infer.engine.batch import COLUMNS, NEW, PROMPT_LOGPROBS, RESET, SAMPLE, Batch, NewSequence, StepResult
+from infer.request import FinishReason, Output, Request, TokenLogprobs
+
+
+class Sequence:
+    """One choice of a request on its way.
+
+    [0, num_computed) of `tokens` is in the cache or in a batch on its way there; [num_computed, len(tokens)) is next.
+    """
+
+    def __init__(self, seq_id: int, request: Request, choice: int, max_model_len: int):
+        self.seq_id, self.request, self.choice = seq_id, request, choice
+        self.params = request.params
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        limit = self.params.max_tokens if self.params.max_tokens is not None else max_model_len
+        self.max_len = min(self.num_prompt + limit, max_model_len)
+        self.ends = frozenset(() if self.params.ignore_eos else request.eos_token_ids)
+        self.stops = frozenset(self.params.stop_token_ids or ())
+        self.wants_prompt_logprobs = choice == 0 and self.params.prompt_logprobs is not None
+        self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # position -> entry
+
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self.hashes: list[bytes] = []  # of the full blocks among the known tokens, as far as asked for
+        self.num_registered = 0  # how many of block_table's blocks the prefix cache was told of
+        self.awaiting = False  # a batch on its way draws its next token
+        self.announced = False  # the ranks know it
+        self.num_announced_tokens = 0  # how many of `tokens` the ranks know
+        self.num_announced_blocks = 0
+        self.reset = False  # the ranks must drop its block table
+        self.num_cached = 0  # prompt tokens found in the prefix cache at first admission
+        self.started = False
+        self.running = False
+
+    @property
+    def num_todo(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next step is (or the one on its way was) a single generated token."""
+        return self.num_generated > 0 and self.num_computed >= len(self.tokens) - 1
+
+
+@dataclass
+class Stats:
+    """Counters since the engine was built."""
+
+    num_prompt_tokens: int = 0  # computed or found in the cache
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # and found
+
+
+@dataclass
+class _Plan:
+    """A batch under construction."""
+
+    rows: list[list[int]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    new: list[NewSequence] = field(default_factory=list)
+    sampled: list[Sequence] = field(default_factory=list)
+    starts: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # sequence id -> it, its first position
+    num_tokens: int = 0
+    num_decodes: int = 0
+
+
+class Scheduler:
+    """First come, first served, under a token budget; the youngest is preempted when blocks run out.
+
+    With pp_size stages up to pp_size batches are in flight, and a batch takes at most ceil(decoding / pp_size) of the
+    decoding sequences, so that every stage always has work. Results come back in the order of the batches.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        pp_size: int = 1,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+    ):
+        if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_model_len ({max_model_len}) "
+                f"when enable_chunked_prefill is off"
+            )
+        self.pool, self.max_model_len, self.max_num_seqs = pool, max_model_len, max_num_seqs
+        self.max_num_batched_tokens, self.pp_size = max_num_batched_tokens, pp_size
+        self.enable_prefix_caching, self.enable_chunked_prefill = enable_prefix_caching, enable_chunked_prefill
+        self.stats = Stats()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self._in_flight: deque[tuple[int, _Plan]] = deque()
+        self._choices: dict[str, dict[int, Sequence]] = {}  # request id -> its unfinished choices
+        self._freed: list[int] = []
+        self._next_seq_id = 0
+        self._step = 0
+
+    # ------------------------------------------------------------------ requests
+
+    def add(self, request: Request) -> None:
+        """Queues every choice of a request whose prompt was checked (`check_prompt`)."""
+        if request.request_id in self._choices:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        self._choices[request.request_id] = {}
+        for choice in range(request.params.n):
+            sequence = Sequence(self._next_seq_id, request, choice, self.max_model_len)
+            self._next_seq_id = (self._next_seq_id + 1) % (1 << 31)
+            self._choices[request.request_id][choice] = sequence
+            self.waiting.append(sequence)
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """Ends a request, or one choice of it, without a word. An unknown id is fine: it may have just finished."""
+        for sequence in list(self._choices.get(request_id, {}).values()):
+            if choice is None or sequence.choice == choice:
+                self._end(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self._in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    # ------------------------------------------------------------------ next batch
+
+    def next(self) -> Batch | None:
+        """The next batch, or None when nothing can run before a result comes back."""
+        if len(self._in_flight) >= self.pp_size:
+            return None
+        plan = _Plan()
+        preempted = self._continue_running(plan)
+        if not preempted:
+            self._admit_waiting(plan)
+        if not plan.rows:
+            if not self._in_flight and (self.waiting or self.running):
+                raise AssertionError(
+                    f"nothing runs and nothing can: {len(self.waiting)} waiting, {len(self.running)} running, "
+                    f"{self.pool.num_free_blocks} free blocks"
+                )
+            return None
+        self._step = (self._step + 1) % (1 << 31)
+        self._in_flight.append((self._step, plan))
+        freed, self._freed = self._freed, []
+        return Batch(
+            self._step,
+            np.array(plan.rows, dtype=np.int32).reshape(-1, COLUMNS),
+            np.array(plan.tokens, dtype=np.int32),
+            np.array(plan.blocks, dtype=np.int32),
+            np.array(freed, dtype=np.int32),
+            plan.new,
+        )
+
+    def _continue_running(self, plan: _Plan) -> bool:
+        """Adds running sequences, oldest first. True if one had to be preempted."""
+        decode_cap = -(-sum(sequence.is_decoding for sequence in self.running) // self.pp_size)
+        preempted = False
+        for sequence in list(self.running):
+            room = self.max_num_batched_tokens - plan.num_tokens
+            if room == 0:
+                break
+            if sequence.num_todo == 0 or not sequence.running:
+                continue
+            if sequence.is_decoding and plan.num_decodes >= decode_cap:
+                continue
+            count = min(sequence.num_todo, room)
+            if count < sequence.num_todo and not self.enable_chunked_prefill:
+                continue
+            while not self._grow(sequence, sequence.num_computed + count):
+                preempted = True
+                youngest = self.running[-1]
+                self._preempt(youngest)
+                if youngest is sequence:
+                    break
+            else:
+                self._schedule(plan, sequence, count)
+        return preempted
+
+    def _admit_waiting(self, plan: _Plan) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            room = self.max_num_batched_tokens - plan.num_tokens
+            if room == 0 or sequence.awaiting:  # preempted with a token on its way: that comes first
+                return
+            hits = self._cached_prefix(sequence)
+            num_cached = len(hits) * self.pool.block_size
+            count = min(len(sequence.tokens) - num_cached, room)
+            if num_cached + count < len(sequence.tokens) and not self.enable_chunked_prefill:
+                return
+            num_needed = self.pool.blocks_for(num_cached + count) - len(hits)
+            if num_needed > self.pool.num_free_blocks - self.pool.num_free_among(hits):
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.running = True
+            self.pool.take(hits)
+            sequence.block_table = list(hits)
+            sequence.num_registered = len(hits)
+            sequence.num_computed = num_cached
+            self._count_admission(sequence, num_cached)
+            grown = self._grow(sequence, num_cached + count)
+            assert grown
+            self._schedule(plan, sequence, count)
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks to start from. At least one token is left to compute: a step is needed to draw the next."""
+        if not self.enable_prefix_caching or (sequence.wants_prompt_logprobs and not sequence.started):
+            return []
+        size = self.pool.block_size
+        hits = self.pool.cached(self._hashes(sequence, len(sequence.tokens) // size))
+        return hits[: (len(sequence.tokens) - 1) // size]
+
+    def _count_admission(self, sequence: Sequence, num_cached: int) -> None:
+        if sequence.started:
+            return  # resumed after preemption
+        sequence.started = True
+        sequence.num_cached = num_cached
+        self.stats.num_prompt_tokens += sequence.num_prompt
+        if self.enable_prefix_caching:
+            self.stats.prefix_cache_queries += sequence.num_prompt
+            self.stats.prefix_cache_hits += num_cached
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Makes its block table cover num_tokens. False if there are not enough free blocks."""
+        missing = self.pool.blocks_for(num_tokens) - len(sequence.block_table)
+        if missing > self.pool.num_free_blocks:
+            return False
+        sequence.block_table += self.pool.allocate(max(missing, 0))
+        return True
+
+    def _schedule(self, plan: _Plan, sequence: Sequence, count: int) -> None:
+        start, end = sequence.num_computed, sequence.num_computed + count
+        new_tokens = sequence.tokens[sequence.num_announced_tokens :]
+        new_blocks = sequence.block_table[sequence.num_announced_blocks :]
+        flags = 0
+        if not sequence.announced:
+            flags |= NEW
+            request = sequence.request
+            plan.new.append(
+                NewSequence(
+                    request.params, request.seed, sequence.choice, sequence.num_prompt, list(request.eos_token_ids)
+                )
+            )
+        if sequence.reset:
+            flags |= RESET
+        if sequence.wants_prompt_logprobs and start < sequence.num_prompt - 1 and not sequence.num_generated:
+            flags |= PROMPT_LOGPROBS
+        if sequence.is_decoding:
+            plan.num_decodes += 1
+        if end == len(sequence.tokens):
+            flags |= SAMPLE
+            sequence.awaiting = True
+            plan.sampled.append(sequence)
+        plan.rows.append([sequence.seq_id, start, count, flags, len(new_tokens), len(new_blocks)])
+        plan.tokens += new_tokens
+        plan.blocks += new_blocks
+        plan.starts[sequence.seq_id] = sequence, start
+        plan.num_tokens += count
+        sequence.announced, sequence.reset = True, False
+        sequence.num_announced_tokens = len(sequence.tokens)
+        sequence.num_announced_blocks = len(sequence.block_table)
+        sequence.num_computed = end
+        self._register_full_blocks(sequence)
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        """Blocks whose last token is in this batch can be found from the next sequence on: all ranks run batches in
+        order, and within a layer all keys are written before any is read."""
+        if not self.enable_prefix_caching:
+            return
+        full = sequence.num_computed // self.pool.block_size
+        hashes = self._hashes(sequence, full)
+        for index in range(sequence.num_registered, full):
+            self.pool.register(sequence.block_table[index], hashes[index])
+        sequence.num_registered = max(sequence.num_registered, full)
+
+    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
+        size = self.pool.block_size
+        while len(sequence.hashes) < count:
+            at = len(sequence.hashes)
+            parent = sequence.hashes[-1] if sequence.hashes else b""
+            sequence.hashes.append(block_hash(parent, sequence.tokens[at * size : (at + 1) * size]))
+        return sequence.hashes[:count]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue, to be computed again. A token on its way is still taken when it comes."""
+        self.running.remove(sequence)
+        sequence.running = False
+        self._release(sequence)
+        sequence.reset = sequence.announced
+        self.waiting.appendleft(sequence)
+        self.stats.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_announced_blocks = sequence.num_registered = sequence.num_computed = 0
+
+    # ------------------------------------------------------------------ results
+
+    def update(self, result: StepResult) -> list[Output]:
+        """Takes the result of the oldest batch in flight; returns what each of its sequences gained."""
+        step, plan = self._in_flight.popleft()
+        if step != result.step or len(result.token_ids) != len(plan.sampled):
+            raise RuntimeError(
+                f"the result of step {result.step} with {len(result.token_ids)} tokens came where step {step} with "
+                f"{len(plan.sampled)} was due"
+            )
+        for seq_id, entries in result.prompt_logprobs.items():
+            sequence, start = plan.starts[seq_id]
+            sequence.prompt_logprobs.update(enumerate(entries, start + 1))
+        outputs = []
+        for sequence, token, logprobs in zip(plan.sampled, result.token_ids, result.logprobs, strict=True):
+            if self._is_live(sequence):
+                sequence.awaiting = False
+                outputs.append(self._fail(sequence) if token < 0 else self._take(sequence, token, logprobs))
+        return outputs
+
+    def _is_live(self, sequence: Sequence) -> bool:
+        return self._choices.get(sequence.request.request_id, {}).get(sequence.choice) is sequence
+
+    def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
+        first = sequence.num_generated == 0
+        sequence.tokens.append(token)
+        self.stats.num_generation_tokens += 1
+        output = Output(
+            request_id=sequence.request.request_id,
+            index=sequence.choice,
+            token_ids=[token],
+            logprobs=None if logprobs is None else [logprobs],
+            num_cached_tokens=sequence.num_cached,
+        )
+        if first and sequence.wants_prompt_logprobs:
+            output.prompt_logprobs = [sequence.prompt_logprobs.get(at) for at in range(sequence.num_prompt)]
+        # The sampler draws no end or stop token before min_tokens.
+        if token in sequence.stops or token in sequence.ends:
+            output.finish_reason = FinishReason.STOP
+            output.stop_reason = token if token in sequence.stops and token not in sequence.ends else None
+        elif len(sequence.tokens) >= sequence.max_len:
+            output.finish_reason = FinishReason.LENGTH
+        if output.finish_reason is not None:
+            self._end(sequence)
+        return output
+
+    def _fail(self, sequence: Sequence) -> Output:
+        self.pool.forget(sequence.block_table)
+        self._end(sequence)
+        return Output(
+            request_id=sequence.request.request_id,
+            index=sequence.choice,
+            finish_reason=FinishReason.ERROR,
+            error="the model produced values that are not finite for this request",
+        )
+
+    def _end(self, sequence: Sequence) -> None:
+        choices = self._choices[sequence.request.request_id]
+        del choices[sequence.choice]
+        if not choices:
+            del self._choices[sequence.request.request_id]
+        (self.running if sequence.running else self.waiting).remove(sequence)
+        sequence.running = False
+        self._release(sequence)
+        if sequence.announced:
+            self._freed.append(sequence.seq_id)
+
+    # ------------------------------------------------------------------ figures
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the blocks that are held."""
+        return 1.0 - self.pool.num_free_blocks / self.pool.num_blocks
+
+    def check_idle(self) -> None:
+        """Raises AssertionError unless every block is free; for when there is no work."""
+        assert not self.has_work
+        self.pool.check()
+        assert self.pool.num_free_blocks == self.pool.num_blocks, "blocks are still held with no request left"
+
+    def unfinished(self) -> Iterable[str]:
+        """Ids of the requests that have not ended."""
+        return self._choices.keys()

@@ -1,0 +1,266 @@
+"""From a config to a stage that can run: named phases that all ranks pass together."""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from infer import launch
+from infer.cache import pages
+from infer.config import EngineConfig
+from infer.engine.runner import Runner
+from infer.engine.sampler import Sampler
+from infer.layers.attention import ForwardContext
+from infer.models.config import ModelConfig
+from infer.models.decoder import Stage, balanced_layers
+from infer.models.source import read_model
+from infer.parallel.groups import Groups, World
+from infer.parallel.topology import Topology
+from infer.weights import Checkpoint, init_dummy_weights, load_weights
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SLOW_PHASE_SECONDS = 30.0
+
+
+class StartupError(ValueError):
+    """A phase failed on some rank. The message is one line for the user."""
+
+
+class Phases:
+    """Runs named start-up phases. All ranks finish a phase, or all learn which rank failed and why.
+
+    A rank reports through the store, so that one that fails never leaves the others in a collective.
+    exit_on_error: a rank other than 0 that fails ends the process at once (a server, which torchrun then ends as a
+    whole); otherwise it reports, and rank 0 raises (a script, which may go on).
+    """
+
+    def __init__(self, world: World, name: str, exit_on_error: bool, progress: Callable[[str], None] | None = None):
+        self._world, self._name, self._exit_on_error = world, name, exit_on_error
+        self._progress = progress or (lambda phase: None)
+        self.seconds: dict[str, float] = {}
+
+    def run(self, phase: str, work: Callable[[], T]) -> T:
+        """Runs `work` on this rank and waits for the others. Raises StartupError on every rank if one failed."""
+        self._progress(phase)
+        started = time.monotonic()
+        error: str | None = None
+        value = None
+        try:
+            value = work()
+        except ValueError as problem:
+            error = str(problem)
+        except Exception as problem:
+            logger.exception("rank %d failed while %s", self._world.rank, phase)
+            error = f"{phase} failed: {type(problem).__name__}: {problem}"
+        self._settle(phase, error)
+        self.seconds[phase] = time.monotonic() - started
+        return value  # type: ignore[return-value]
+
+    def _settle(self, phase: str, error: str | None) -> None:
+        world = self._world
+        if world.store is None:
+            if error is not None:
+                raise StartupError(error)
+            return
+        if error is not None and self._exit_on_error and world.rank != 0:
+            launch.fail(f"rank {world.rank}: {error}", world.env)
+        key = f"{self._name}/{phase}"
+        world.store.set(f"{key}/{world.rank}", error or "")
+        if world.rank == 0:
+            world.store.set(f"{key}/verdict", self._verdict(key, phase))
+        verdict = _wait(world, f"{key}/verdict")
+        if verdict:
+            raise StartupError(verdict)
+
+    def _verdict(self, key: str, phase: str) -> str:
+        """Rank 0 waits for every rank's word. The first error counts; equal errors are told once."""
+        missing, errors = set(range(self._world.size)), {}
+        started = warned = time.monotonic()
+        while missing and not (errors and time.monotonic() - started > 1.0):
+            for rank in sorted(missing):
+                if self._world.store.check([f"{key}/{rank}"]):
+                    word = self._world.store.get(f"{key}/{rank}").decode()
+                    missing.discard(rank)
+                    if word:
+                        errors[rank] = word
+            if missing:
+                time.sleep(0.01)
+            if missing and time.monotonic() - warned > SLOW_PHASE_SECONDS:
+                warned = time.monotonic()
+                late = ", ".join(map(str, sorted(missing)))
+                logger.info("waiting for rank %s: %s (%.0f s so far)", late, phase, warned - started)
+        if not errors:
+            return ""
+        rank, word = min(errors.items())
+        return word if len(set(errors.values())) == 1 and len(errors) == self._world.size else f"rank {rank}: {word}"
+
+
+def _wait(world: World, key: str) -> str:
+    assert world.store is not None
+    while not world.store.check([key]):
+        try:
+            world.store.wait([key], timedelta(seconds=60))
+        except torch.distributed.DistStoreError:
+            continue  # not there yet; a lost store raises another error
+    return world.store.get(key).decode()
+
+
+@dataclass
+class Built:
+    """What one rank holds once an engine is built."""
+
+    config: EngineConfig
+    model_path: Path
+    model_config: ModelConfig
+    max_model_len: int
+    num_blocks: int
+    groups: Groups
+    runner: Runner
+
+
+def build(world: World, config: EngineConfig, phases: Phases) -> Built:
+    """Builds this rank's part of the engine. All ranks call it with the same config.
+
+    Raises StartupError on every rank if one of them failed.
+    """
+    set_threads(config, world.env)
+    topology = Topology.resolve(world.size, config.tensor_parallel_size, config.pipeline_parallel_size)
+    path, model_config = phases.run("reading the model's config", lambda: read_model(config))
+    max_model_len = config.max_model_len or model_config.max_position
+    groups = phases.run(
+        "connecting ranks", lambda: Groups(world, topology, config.distributed_timeout_seconds).warm_up()
+    )
+    try:
+        stage = phases.run("loading weights", lambda: _load_stage(world, config, path, model_config, groups))
+        spare = phases.run("measuring memory", lambda: _measure(world, config, model_config, stage))
+        num_blocks = _agree_on_blocks(config, groups, stage, spare, max_model_len)
+        runner = phases.run(
+            "allocating the KV cache", lambda: _make_runner(world, config, model_config, groups, stage, num_blocks)
+        )
+    except ValueError as error:
+        groups.close()
+        raise StartupError(str(error)) from None
+    if world.rank == 0:
+        _log_capacity(num_blocks * config.block_size, max_model_len)
+    return Built(config, path, model_config, max_model_len, num_blocks, groups, runner)
+
+
+def _make_runner(
+    world: World, config: EngineConfig, model_config: ModelConfig, groups: Groups, stage: Stage, num_blocks: int
+) -> Runner:
+    memory = pages.allocate(
+        num_blocks, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers, getattr(torch, model_config.dtype),
+        world.device,
+    )
+    sampler = Sampler(groups.tp, stage.vocab_starts) if groups.is_last_stage else None
+    return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device)
+
+
+def set_threads(config: EngineConfig, env: launch.RankEnv) -> None:
+    """CPU threads of this rank. torchrun exports OMP_NUM_THREADS=1 by itself, so that alone is nobody's wish."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.num_threads or max(1, cores // env.local_world_size))
+
+
+def _load_stage(
+    world: World, config: EngineConfig, path: Path, model_config: ModelConfig, groups: Groups
+) -> Stage:
+    started = time.monotonic()
+    layers = balanced_layers(model_config, groups.topology.pp_size, config.pipeline_layer_partition)
+    stage = Stage(
+        model_config,
+        layers[groups.pp_rank],
+        groups.tp,
+        is_first=groups.is_first_stage,
+        is_last=groups.is_last_stage,
+        dtype=getattr(torch, model_config.dtype),
+        device=world.device,
+    )
+    source = "random"
+    if config.load_format == "dummy":
+        init_dummy_weights(stage, config.seed)
+    else:
+        checkpoint = Checkpoint(path)
+        load_weights(stage, checkpoint)
+        source = f"{checkpoint.bytes_read:,} bytes read"
+    layer_range = layers[groups.pp_rank]
+    logger.info(
+        "Model loading took %.2f GiB memory and %.2f seconds (rank %d: layers %d to %d, %s)",
+        stage.parameter_bytes / 2**30, time.monotonic() - started, world.rank, layer_range.start, layer_range.stop - 1,
+        source,
+    )  # fmt: skip
+    return stage
+
+
+def _measure(world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage) -> int:
+    """Bytes this rank can give to the KV cache."""
+    peak = 0
+    if world.device.type == "cuda" and config.kv_cache_memory_bytes is None and not config.num_gpu_blocks_override:
+        peak = _peak_bytes(world, config, model_config, stage)
+    return pages.available_bytes(config, world.device, world.env.local_world_size, peak)
+
+
+@torch.inference_mode()
+def _peak_bytes(world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage) -> int:
+    """What a forward pass of the largest batch takes on the GPU beside weights and cache, by trying it."""
+    device, size, rows = world.device, config.block_size, config.max_num_batched_tokens
+    dtype = getattr(torch, model_config.dtype)
+    page = pages.allocate(1, size, stage.kv_heads, model_config.head_dim, stage.num_layers, dtype, device)
+    context = ForwardContext(
+        positions=torch.zeros(rows, dtype=torch.int64, device=device),
+        slots=torch.full((rows,), -1, dtype=torch.int64, device=device),
+        block_table=torch.zeros(1, -(-rows // size), dtype=torch.int32, device=device),
+        query_start=torch.tensor([0, rows], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([rows], dtype=torch.int32, device=device),
+        k_pages=page.k,
+        v_pages=page.v,
+    )
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    if stage.is_first:
+        inputs = torch.zeros(rows, dtype=torch.int64, device=device)
+    else:
+        inputs = torch.zeros(rows, model_config.hidden_size, dtype=dtype, device=device)
+    hidden = stage(inputs, context)
+    if stage.is_last:
+        stage.logits(hidden[: config.max_num_seqs]).float().softmax(-1)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _agree_on_blocks(config: EngineConfig, groups: Groups, stage: Stage, spare: int, max_model_len: int) -> int:
+    """The number of blocks that every rank has room for, each by its own bytes per token. Raises ValueError."""
+    num_blocks = config.num_gpu_blocks_override or spare // (stage.kv_bytes_per_token * config.block_size)
+    num_blocks = groups.all.min(num_blocks)
+    tightest = -groups.all.min(-stage.kv_bytes_per_token)
+    pages.check_fits(
+        num_blocks * config.block_size, max_model_len, config.block_size, tightest,
+        num_blocks * config.block_size * tightest,
+    )  # fmt: skip
+    return num_blocks
+
+
+def _log_capacity(num_tokens: int, max_model_len: int) -> None:
+    logger.info("KV cache size: %s tokens", f"{num_tokens:,}")
+    logger.info(
+        "Maximum concurrency for %s tokens per request: %.2fx", f"{max_model_len:,}", num_tokens / max_model_len
+    )
+
+
+def encode_config(config: EngineConfig) -> dict[str, object]:
+    """The config as plain values, for the BUILD message."""
+    return dataclasses.asdict(config)
+
+
+def decode_config(values: dict[str, object]) -> EngineConfig:
+    """The inverse of encode_config."""
+    return EngineConfig.from_kwargs(**values)

@@ -1,0 +1,227 @@
+"""What a rank must know and do before torch is imported: who it is, and how it ends on a user's error.
+
+Standard library only, because a rank that has nothing to do must end at once: after a configuration error torchrun
+starts every rank again, up to --max-restarts times, and each of those finds a marker here and leaves.
+
+    env = RankEnv.from_environ()
+    set_parent_death_signal(env)
+    exit_if_failed_before(env)
+    import torch
+    ...
+    fail("--tensor-parallel-size 3 ...", env)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+MARKER_PREFIX = "failed-"
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """This process's place in torchrun's world, as its environment tells it.
+
+    Invariants: 0 <= rank < world_size, 0 <= local_rank < local_world_size <= world_size, restart_count >= 0.
+    agent_pid is torchrun's process on this host; 0 without torchrun.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    restart_count: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    agent_pid: int = 0
+    under_torchrun: bool = False
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> RankEnv:
+        """Read torchrun's variables; rank 0 of 1 where there are none. ValueError names a malformed variable."""
+        under_torchrun = "TORCHELASTIC_RUN_ID" in environ
+        if not under_torchrun and "RANK" not in environ and "WORLD_SIZE" not in environ:
+            return cls()
+        world_size = _integer(environ, "WORLD_SIZE", low=1)
+        local_world_size = _integer(environ, "LOCAL_WORLD_SIZE", low=1, high=world_size, default=world_size)
+        master_addr = environ.get("MASTER_ADDR", "")
+        if not master_addr:
+            raise ValueError("the environment has WORLD_SIZE but no MASTER_ADDR; start the ranks with torchrun")
+        rank = _integer(environ, "RANK", low=0, high=world_size - 1)
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=_integer(environ, "LOCAL_RANK", low=0, high=local_world_size - 1, default=rank),
+            local_world_size=local_world_size,
+            restart_count=_integer(environ, "TORCHELASTIC_RESTART_COUNT", low=0, default=0),
+            master_addr=master_addr,
+            master_port=_integer(environ, "MASTER_PORT", low=1, high=65535),
+            agent_pid=os.getppid() if under_torchrun else 0,
+            under_torchrun=under_torchrun,
+        )
+
+
+def _integer(
+    environ: Mapping[str, str], name: str, low: int, high: int | None = None, default: int | None = None
+) -> int:
+    """The variable as an integer in [low, high]; ValueError says which variable holds what."""
+    text = environ.get(name)
+    if text is None and default is None:
+        raise ValueError(f"the environment has variables of torchrun but no {name}; start the ranks with torchrun")
+    try:
+        value = int(text) if text is not None else default
+    except ValueError:
+        value = None
+    if value is None or value < low or (high is not None and value > high):
+        valid = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        raise ValueError(f"environment variable {name}={environ.get(name, default)!r} is not {valid}; torchrun sets it")
+    return value
+
+
+# ------------------------------------------------------------------------------------------ files shared by one's ranks
+
+
+def private_directory() -> Path:
+    """A directory on this host for files of this user's ranks only, mode 0700.
+
+    OSError where a directory of that name is not this user's alone: in a world-writable place somebody else may have
+    made it first.
+    """
+    path = Path(tempfile.gettempdir()) / f"infer-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()  # not stat: a symbolic link is not to be followed
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(f"{path} is not a directory that only this user can enter; remove it")
+    return path
+
+
+def process_key(pid: int) -> str:
+    """`pid-starttime`: names one process for ever, where a pid alone is used again. Start time 0 without /proc."""
+    return f"{pid}-{_start_time(pid)}"
+
+
+def _start_time(pid: int) -> int:
+    """Clock ticks from boot to the process's start; 0 where the process is gone or there is no /proc."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # Field 22; the second field, the command in parentheses, may itself hold blanks and parentheses.
+    return int(status.rpartition(")")[2].split()[19])
+
+
+def _is_alive(key: str) -> bool:
+    """Whether the process of a process_key still runs."""
+    pid = int(key.partition("-")[0])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # alive, and another user's
+    return process_key(pid) == key
+
+
+# ----------------------------------------------------------------------------------------------- a configuration error
+
+
+def fail(message: str, env: RankEnv | None, code: int = 2) -> NoReturn:
+    """End this rank because of what the user gave it: a wrong option, a missing file.
+
+    The first rank of this host to come here prints `infer: error: MESSAGE` on one line; the others end silently, and so
+    does every rank that torchrun starts again (exit_if_failed_before). No clean-up runs: collectives may be waiting in
+    other threads. `env` is None where the environment itself could not be read.
+    """
+    if env is None or not env.under_torchrun or _create_marker(env, code):
+        _tell("infer: error: " + " ".join(line.strip() for line in message.splitlines()) + "\n")
+    _exit(code)
+
+
+def exit_if_failed_before(env: RankEnv) -> None:
+    """End silently, with the same exit status, if a rank of this torchrun has called `fail` on this host."""
+    if not env.under_torchrun:
+        return
+    try:
+        code = int(_marker(env).read_text())
+    except (OSError, ValueError):
+        # No marker, or one that cannot be read: then the worst is that the error is found and told again.
+        return
+    _exit(code)
+
+
+def _marker(env: RankEnv) -> Path:
+    return private_directory() / f"{MARKER_PREFIX}{process_key(env.agent_pid)}"
+
+
+def _create_marker(env: RankEnv, code: int) -> bool:
+    """Whether this rank is the first. The marker appears whole: a file of one's own is written, then linked."""
+    try:
+        marker = _marker(env)
+        _sweep(marker.parent)
+        with tempfile.NamedTemporaryFile("w", dir=marker.parent, prefix="draft-") as draft:
+            draft.write(str(code))
+            draft.flush()
+            os.link(draft.name, marker)  # fails where there is a marker already: of several ranks one is the first
+    except FileExistsError:
+        return False
+    except OSError:
+        # Without a place for the marker (a full disk, say) an error told several times is better than none.
+        return True
+    return True
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the markers of agents that are gone."""
+    for path in directory.glob(f"{MARKER_PREFIX}*"):
+        key = path.name.removeprefix(MARKER_PREFIX)
+        if key.replace("-", "", 1).isdecimal() and not _is_alive(key):
+            path.unlink(missing_ok=True)
+
+
+def _tell(line: str) -> None:
+    """One write to standard error, so that lines of several processes do not mix; closed, there is nobody to tell."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+        os.write(sys.stderr.fileno(), line.encode("utf-8", "backslashreplace"))
+
+
+def _exit(code: int) -> NoReturn:
+    """Flush and leave without clean-up, which in a torch process may abort or wait for peers."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+# ----------------------------------------------------------------------------------------------------- torchrun's death
+
+
+def set_parent_death_signal(env: RankEnv) -> None:
+    """Have the kernel kill this rank when torchrun dies; it would otherwise run on with nobody to stop it.
+
+    Linux only; elsewhere, and without torchrun, nothing is done: a process that was started by hand may outlive its
+    shell. OSError where the kernel refuses.
+    """
+    if not env.under_torchrun or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = [ctypes.c_ulong(argument) for argument in (signal.SIGKILL, 0, 0, 0)]
+    if libc.prctl(PR_SET_PDEATHSIG, *arguments) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
+    # It may have died between from_environ and prctl, and then no signal comes.
+    if os.getppid() != env.agent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)

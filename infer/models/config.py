@@ -1,0 +1,294 @@
+"""ModelConfig: a checkpoint's config.json in one normalized form, and the reading of it. No torch here."""
+
+import dataclasses
+import difflib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from infer.models.fields import Fields
+
+if TYPE_CHECKING:
+    from infer.config import EngineConfig
+
+logger = logging.getLogger("infer.models")
+
+ACTIVATIONS = {  # config.json's hidden_act -> the kind ops.act_and_mul knows
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DTYPES = ("bfloat16", "float16", "float32")
+
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding. dim: rotated dimensions of a head. Fields a type does not use keep their default.
+
+    original_max_position is the length the model was trained at, before scaling; nothing here depends on the
+    length served, so that ModelConfig.max_position may be lowered freely.
+    """
+
+    type: RopeType = "default"
+    theta: float = 10000.0
+    dim: int
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: from factor, mscale and mscale_all_dim (yarn)
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder of the Llama family: all that its construction depends on.
+
+    window: for each layer, how many tokens back it sees, its own included; 0 is all of them.
+    max_position: positions [0, max_position) exist. eos_token_ids: any of them ends a text; may be empty.
+    dtype: of weights and activations, "bfloat16", "float16" or "float32".
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    rope: RopeConfig
+    max_position: int
+    window: tuple[int, ...]
+    activation: str = "silu"
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "float32"
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def layer_parameters(self) -> int:
+        """Matrix elements of one layer: what computing it costs, per token."""
+        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+
+def decoder_config(
+    f: Fields,
+    *,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    window: tuple[int, ...] | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+) -> ModelConfig:
+    """What every reader shares. The arguments are where families differ.
+
+    num_kv_heads, head_dim: the family's defaults where config.json has none (None: num_attention_heads, and
+    hidden_size / num_attention_heads). window: per layer (None: no layer has one).
+    """
+    num_heads, hidden_size, num_layers = f.int("num_attention_heads"), f.int("hidden_size"), f.int("num_hidden_layers")
+    num_kv_heads = f.int("num_key_value_heads", num_kv_heads or num_heads)
+    if num_heads % num_kv_heads:
+        raise f.error("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
+    if head_dim is None and hidden_size % num_heads and f.get("head_dim") is None:
+        raise f.error("hidden_size", f"must be a multiple of num_attention_heads ({num_heads}), or head_dim be given")
+    head_dim = f.int("head_dim", head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise f.error("head_dim", "must be even: rotary embedding turns pairs of dimensions")
+    max_position = f.int("max_position_embeddings")
+    return ModelConfig(
+        architecture=architecture_of(f),
+        vocab_size=f.int("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=f.int("intermediate_size"),
+        norm_eps=f.number("rms_norm_eps", 1e-6),
+        rope=read_rope(f, head_dim, max_position),
+        max_position=max_position,
+        window=window or (0,) * num_layers,
+        activation=ACTIVATIONS[f.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
+        tie_embeddings=f.flag("tie_word_embeddings", False),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
+    """The `rope_parameters` of config.json. Raises ValueError for a type other than ROPE_TYPES."""
+    r = f.section("rope_parameters")
+    nested = [name for name, value in r.data.items() if isinstance(value, dict)]
+    if nested:
+        raise f.error("rope_parameters", f"differ by layer ({', '.join(nested)}), which is not supported")
+    kind = r.choice("rope_type", ROPE_TYPES, "default")
+    scaled = kind in ("llama3", "yarn")
+    # A length beside the section, as some checkpoints have it, is meant to win over the one inside.
+    original = f.int("original_max_position_embeddings", 0) or r.int("original_max_position_embeddings", max_position)
+    factor = r.number("factor") if kind in ("linear", "llama3") else 1.0
+    if kind == "yarn":
+        factor = r.number("factor", max_position / original)
+    dim = int(head_dim * r.number("partial_rotary_factor", 1.0))
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
+    attention_factor = r.number("attention_factor", 0.0) if kind == "yarn" else 0.0
+    return RopeConfig(
+        type=kind,  # type: ignore[arg-type]  # choice() returned one of ROPE_TYPES
+        theta=r.number("rope_theta", 10000.0),
+        dim=dim,
+        factor=factor,
+        original_max_position=original if scaled else 0,
+        low_freq_factor=r.number("low_freq_factor") if kind == "llama3" else 1.0,
+        high_freq_factor=r.number("high_freq_factor") if kind == "llama3" else 1.0,
+        beta_fast=r.number("beta_fast", 32.0) if kind == "yarn" else 32.0,
+        beta_slow=r.number("beta_slow", 1.0) if kind == "yarn" else 1.0,
+        attention_factor=attention_factor or None,
+        mscale=r.number("mscale", 0.0) if kind == "yarn" else 0.0,
+        mscale_all_dim=r.number("mscale_all_dim", 0.0) if kind == "yarn" else 0.0,
+        truncate=r.flag("truncate", True) if kind == "yarn" else True,
+    )
+
+
+def architecture_of(f: Fields) -> str:
+    """The first of `architectures`. Raises ValueError where there is none."""
+    names = f.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise f.error("architectures", 'must be a list such as ["LlamaForCausalLM"]')
+    return names[0]
+
+
+def load_model_config(path: Path, config: "EngineConfig") -> ModelConfig:
+    """Reads config.json and generation_config.json of a checkpoint directory.
+
+    config.hf_overrides is laid over config.json first; config.dtype decides the dtype unless it is "auto".
+    Raises ValueError that names the file and field: missing or corrupt JSON, unknown architecture, quantized weights,
+    a field of the wrong kind, an override that nothing reads.
+    """
+    # The readers import this module, so their registry can only be imported once it is complete.
+    from infer.models import reader_of
+
+    file = path / "config.json"
+    overrides = _current_names(config.hf_overrides or {})
+    f = Fields(file, _overlay(_current_names(read_json(file)), overrides))
+    for name in ("quantization_config", "compression_config"):
+        if (quantization := f.get(name)) is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise ValueError(f"{file}: {name} (method {method}): quantized checkpoints are not supported; "
+                             f"use the original in bfloat16, float16 or float32")  # fmt: skip
+    c = reader_of(architecture_of(f), file)(f)
+    dtype = _read_dtype(f, config.dtype)
+    eos = _read_eos(path, f, overrides, c.vocab_size)
+    _refuse_unread(f, overrides, config.hf_overrides or {}, c.architecture)
+    return dataclasses.replace(c, dtype=dtype, eos_token_ids=eos)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError that names the file."""
+    try:
+        data = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; --model must be a Hugging Face checkpoint directory") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def _current_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """The same with the names of transformers 5: `dtype`, and one `rope_parameters` for all that is rotary."""
+    data = dict(raw)
+    if "torch_dtype" in data:
+        data.setdefault("dtype", data.pop("torch_dtype"))
+    rope: dict[str, Any] = {}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if data.get(name) is not None:
+            rope[name] = data.pop(name)
+    for name in ("rope_parameters", "rope_scaling"):
+        section = data.pop(name, rope)
+        if isinstance(section, dict):
+            rope |= section
+        elif section is None:  # "no scaling", said aloud
+            rope.setdefault("rope_type", "default")
+        else:
+            raise ValueError(f"config.json: {name} must be an object or null, not {section!r}")
+    if "type" in rope:
+        old_name = rope.pop("type")
+        rope.setdefault("rope_type", old_name)
+    if rope:
+        data["rope_parameters"] = rope
+    return data
+
+
+def _overlay(data: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """overrides over data; of the rotary parameters those named are replaced, or all but theta with a new type."""
+    merged = {**data, **overrides}
+    if "rope_parameters" in overrides:
+        base = data.get("rope_parameters", {})
+        if "rope_type" in overrides["rope_parameters"]:
+            base = {"rope_theta": base["rope_theta"]} if "rope_theta" in base else {}
+        merged["rope_parameters"] = {**base, **overrides["rope_parameters"]}
+    return merged
+
+
+def _read_dtype(f: Fields, wanted: str) -> str:
+    stored = f.get("dtype")
+    if wanted != "auto":
+        return wanted
+    if stored is None:
+        return "float32"
+    name = str(stored).removeprefix("torch.")
+    if name not in DTYPES:
+        raise f.error("dtype", f"cannot be used as it is; choose --dtype {', '.join(DTYPES)}")
+    return name
+
+
+def _read_eos(path: Path, f: Fields, overrides: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """End tokens: an override's, else generation_config.json's (what the model's makers generate with), else config's."""
+    file = path / "generation_config.json"
+    source = f
+    if "eos_token_id" not in overrides and file.exists():
+        generation = Fields(file, read_json(file))
+        source = generation if generation.get("eos_token_id") is not None else f
+    value = source.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise source.error("eos_token_id", f"must be a token id or a list of them, each under {vocab_size}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _refuse_unread(f: Fields, overrides: dict[str, Any], given: dict[str, Any], architecture: str) -> None:
+    """An override that no reader looked at would be ignored in silence; most often it is misspelt."""
+    rope = f.section("rope_parameters")
+    unread = [name for name in overrides if name not in f.read]
+    unread += [name for name in overrides.get("rope_parameters", {}) if name not in rope.read]
+    if not unread:
+        return
+    near = difflib.get_close_matches(unread[0], f.read, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"hf_overrides: {unread[0]} has no effect on {architecture}{hint} (given: {', '.join(given)})")

@@ -1,0 +1,72 @@
+"""Typed reading of a JSON object, with errors that name the file, the field and its value. No torch here."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Fields:
+    """The fields of a JSON object. A field that is null counts as absent. `read` collects the names asked for.
+
+    Every method raises ValueError for a value of the wrong kind, and for an absent field without a default.
+    """
+
+    def __init__(self, file: Path, data: dict[str, Any], prefix: str = ""):
+        self.file, self.data, self.prefix = file, data, prefix
+        self.read: set[str] = set()
+        self._sections: dict[str, Fields] = {}
+
+    def get(self, name: str) -> Any:
+        """The raw value; None where it is absent or null."""
+        self.read.add(name)
+        return self.data.get(name)
+
+    def error(self, name: str, wanted: str) -> ValueError:
+        """The error to raise for a field. wanted: "must be ..."."""
+        value = self.data.get(name)
+        state = "is missing; it " if value is None else f"is {value!r}; it "
+        return ValueError(f"{self.file}: {self.prefix}{name} {state}{wanted}")
+
+    def int(self, name: str, default: "int | None" = None) -> "int":
+        """An integer of at least 1, or the default."""
+        value = self.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(name, "must be a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number over 0, or the default."""
+        value = self.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise self.error(name, "must be a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(name, "must be true or false")
+        return value
+
+    def choice(self, name: str, choices: Sequence[str], default: str) -> str:
+        value = self.get(name)
+        if value is None:
+            return default
+        if value not in choices:
+            raise self.error(name, f"must be one of {', '.join(choices)}")
+        return value
+
+    def section(self, name: str) -> "Fields":
+        """A nested object; an empty one where it is absent. The same object each time."""
+        if name not in self._sections:
+            value = self.get(name)
+            if value is not None and not isinstance(value, dict):
+                raise self.error(name, "must be an object")
+            self._sections[name] = Fields(self.file, value or {}, f"{self.prefix}{name}.")
+        return self._sections[name]

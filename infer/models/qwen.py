@@ -1,0 +1,30 @@
+"""Qwen 2, 2.5 and 3 (dense): Llama with biases on q, k and v (2), or norms on q and k (3)."""
+
+from infer.models.config import ModelConfig, decoder_config
+from infer.models.fields import Fields
+
+
+def read_qwen2(f: Fields) -> ModelConfig:
+    return decoder_config(f, window=_window(f), qkv_bias=True)
+
+
+def read_qwen3(f: Fields) -> ModelConfig:
+    bias = f.flag("attention_bias", False)
+    return decoder_config(f, head_dim=128, window=_window(f), qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+def _window(f: Fields) -> tuple[int, ...]:
+    """sliding_window counts only with use_sliding_window, and in the layers that layer_types names, else in those from
+    max_window_layers on (the name notwithstanding)."""
+    num_layers, first = f.int("num_hidden_layers"), f.get("max_window_layers")
+    size = f.int("sliding_window", 4096) if f.flag("use_sliding_window", False) else 0
+    kinds = f.get("layer_types")
+    if kinds is None:
+        first = 28 if first is None else first
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise f.error("max_window_layers", "must be an integer of at least 0")
+        return tuple(size if layer >= first else 0 for layer in range(num_layers))
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        raise f.error("layer_types", f"must be a list of {num_layers} of {' and '.join(known)}")
+    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)

@@ -1,0 +1,346 @@
+"""Every native op: its schema, its plain PyTorch reference, and the choice between the two.
+
+The model calls the plain functions of this module (`rms_norm`, `paged_attention`, ...). Each runs the kernel of
+`infer._kernels` (compiled from kernels/ by setup.py) where one covers the tensors it was given, and its `*_reference`
+otherwise; the reference is the definition of the op, so both give the same result up to float32 rounding.
+
+Legend: T tokens in the batch, S sequences, H hidden size, D head size, num_q and num_kv local heads. All ops are for
+inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference.
+"""
+
+import functools
+import logging
+import os
+import re
+import sysconfig
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger("infer.ops")
+
+# The native library states its own schemas; one that differs from these was built from other sources and is not used.
+SCHEMAS = {
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "act_and_mul": "(Tensor x, str kind) -> Tensor",
+    "rotary_write_kv": (
+        "(Tensor qkv, Tensor positions, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, float eps, "
+        "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots, int num_q, int num_kv) -> Tensor"
+    ),
+    "paged_attention": (
+        "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
+        "Tensor kv_map, float scale, int window, float soft_cap) -> Tensor"
+    ),
+}
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- the ops
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of each row (Zhang and Sennrich, 2019): x [T, H], weight [H] -> [T, H].
+
+    Statistics are float32; the normalized row is cast to x.dtype before it meets the weight, as Llama's is.
+    x may be a strided view whose last dimension is contiguous.
+    """
+    if _use_native("rms_norm", x):
+        return torch.ops.infer.rms_norm.default(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + x, and its rms_norm: x and residual [T, H], weight [H] -> (normed [T, H], residual [T, H])."""
+    if _use_native("add_rms_norm", x):
+        return torch.ops.infer.add_rms_norm.default(x, residual, weight, eps)
+    return add_rms_norm_reference(x, residual, weight, eps)
+
+
+def act_and_mul(x: Tensor, kind: str) -> Tensor:
+    """act(x[:, :I]) * x[:, I:] for x [T, 2 * I] -> [T, I]; kind is silu, gelu (erf) or gelu_tanh."""
+    if _use_native("act_and_mul", x):
+        return torch.ops.infer.act_and_mul.default(x, kind)
+    return act_and_mul_reference(x, kind)
+
+
+def rotary_write_kv(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    num_q: int,
+    num_kv: int,
+) -> Tensor:
+    """Norms (optional) and rotates q and k, writes k and v into the cache, and returns q [T, num_q, D].
+
+    qkv        [T, (num_q + 2 * num_kv) * D], last dimension contiguous
+    positions  [T] int64, each in [0, max_pos)
+    cos_sin    [max_pos, rot_dim] float32: cosines, then sines; the first rot_dim <= D dimensions of a head are
+               rotated in float32, half against half (GPT-NeoX's order)
+    q_norm     [D] or None: weight of a per-head rms_norm before the rotation; k_norm likewise; eps is theirs
+    k_pages    [num_blocks, block_size, num_kv, D], written in place; v_pages likewise
+    slots      [T] int64: block * block_size + offset; -1 writes nothing
+    """
+    args = (qkv, positions, cos_sin, q_norm, k_norm, eps, k_pages, v_pages, slots, num_q, num_kv)
+    if _use_native("rotary_write_kv", qkv):
+        return torch.ops.infer.rotary_write_kv.default(*args)
+    return rotary_write_kv_reference(*args)
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    kv_map: Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> Tensor:
+    """Causal attention of rows of q over their sequences' cached keys: [T, num_q, D]. Softmax is float32.
+
+    q            [T, num_q, D]; rows query_start[s] to query_start[s + 1] are the last ones of sequence s
+    k_pages      [num_blocks, block_size, num_kv, D]; v_pages likewise
+    block_table  [S, max_blocks] int32: block i of sequence s holds its keys [i * block_size, (i + 1) * block_size)
+    query_start  [S + 1] int32, ascending
+    seq_lens     [S] int32: keys in the cache for each sequence, this batch's rows included
+    kv_map       [num_q] int32: local query head -> local KV head
+    window       0, or a query at position p sees only the keys in (p - window, p]; blocks before them are not read
+    soft_cap     0, or scores become soft_cap * tanh(score / soft_cap)
+
+    Row i of sequence s stands at position seq_lens[s] - query_len[s] + i. Rows of no sequence come out as zeros.
+    A row's result depends on its own sequence alone, to the last bit.
+    """
+    args = (q, k_pages, v_pages, block_table, query_start, seq_lens, kv_map, scale, window, soft_cap)
+    if _use_native("paged_attention", q):
+        return torch.ops.infer.paged_attention.default(*args)
+    return paged_attention_reference(*args)
+
+
+# ---------------------------------------------------------------------------------------------- the references
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * inverse_rms).to(x.dtype) * weight
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    residual = x + residual
+    return rms_norm_reference(residual, weight, eps), residual
+
+
+def act_and_mul_reference(x: Tensor, kind: str) -> Tensor:
+    if kind not in _ACTIVATIONS:
+        raise ValueError(f"act_and_mul: kind is {kind!r}, must be one of {', '.join(_ACTIVATIONS)}")
+    gate, up = x.chunk(2, dim=-1)
+    return _ACTIVATIONS[kind](gate) * up
+
+
+def rotary_write_kv_reference(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    num_q: int,
+    num_kv: int,
+) -> Tensor:
+    block_size, dim = k_pages.shape[1], k_pages.shape[3]
+    heads = qkv.view(qkv.shape[0], num_q + 2 * num_kv, dim)
+    q, k, v = heads.split((num_q, num_kv, num_kv), dim=1)
+    if q_norm is not None:
+        q = rms_norm_reference(q, q_norm, eps)
+    if k_norm is not None:
+        k = rms_norm_reference(k, k_norm, eps)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    written = slots >= 0
+    block, offset = slots[written] // block_size, slots[written] % block_size
+    k_pages[block, offset] = _rotate(k, cos, sin)[written]
+    v_pages[block, offset] = v[written]
+    return _rotate(q, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D], cos and sin [T, 1, rot_dim / 2] float32: x with its first rot_dim dimensions rotated."""
+    half = cos.shape[-1]
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    kv_map: Tensor,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> Tensor:
+    out = torch.zeros_like(q)
+    block_size, heads = k_pages.shape[1], kv_map.long()
+    starts = query_start.tolist()
+    for s, num_keys in enumerate(seq_lens.tolist()):
+        begin, end = starts[s], starts[s + 1]
+        if begin == end:
+            continue
+        # Rows stand at [first, num_keys); no row sees a key before first_key, whose blocks may be gone.
+        first = num_keys - (end - begin)
+        first_block = max(0, first - window + 1) // block_size if window else 0
+        first_key = first_block * block_size
+        blocks = block_table[s, first_block : -(-num_keys // block_size)].long()
+        k = k_pages[blocks].flatten(0, 1)[: num_keys - first_key, heads].float()
+        v = v_pages[blocks].flatten(0, 1)[: num_keys - first_key, heads].float()
+        scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), k) * scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        key_pos = torch.arange(first_key, num_keys, device=q.device)
+        query_pos = torch.arange(first, num_keys, device=q.device).unsqueeze(1)
+        hidden = key_pos > query_pos
+        if window:
+            hidden |= key_pos <= query_pos - window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ the dispatch
+
+
+def _use_native(op: str, x: Tensor) -> bool:
+    """Whether the native kernel of `op` runs for a tensor like x; every tensor of a call shares its device."""
+    if not _native_loaded():
+        return False
+    if x.is_cpu and x.dtype in _NATIVE_DTYPES:
+        return True
+    _log_fallback(op, f"{x.device.type} tensors of {x.dtype}")
+    return False
+
+
+@functools.cache
+def _log_fallback(op: str, what: str) -> None:
+    logger.warning("%s: no native kernel for %s, using the PyTorch reference", op, what)
+
+
+@functools.cache
+def _native_loaded() -> bool:
+    """Loads infer._kernels once. Where it cannot be used, says why in one log line."""
+    choice = os.environ.get("INFER_OPS", "native")
+    if choice == "reference":
+        logger.info("INFER_OPS=reference: native kernels are off")
+        return False
+    if choice != "native":
+        raise ValueError(f"INFER_OPS is {choice!r}, must be 'native' or 'reference'")
+    problem = _load_library(_library_path())
+    if problem:
+        logger.warning(
+            "native kernels are not used, every op runs its slower PyTorch reference: %s; "
+            "to build them: python setup.py build_ext --inplace",
+            problem,
+        )
+        return False
+    _register_fakes()
+    return True
+
+
+def _library_path() -> Path:
+    return Path(__file__).with_name("_kernels" + sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+def _load_library(path: Path) -> str:
+    """Loads the native library at `path`. Returns what stands against using it, or an empty string."""
+    if not path.exists():
+        return f"{path.name} is not built"
+    # Read before loading: a library built for another torch may load and then crash.
+    stamp = re.search(rb"infer-kernels torch=([^\0]*)\0", path.read_bytes())
+    running = torch.__version__.split("+")[0]
+    if stamp is None:
+        return f"{path} is not a kernel library of this program"
+    if stamp[1].decode() != running:
+        return f"{path} was built for torch {stamp[1].decode()}, this is torch {running}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} does not load ({error})"
+    for name, signature in SCHEMAS.items():
+        op = getattr(torch.ops.infer, name, None)
+        if op is None or str(op.default._schema) != f"infer::{name}{signature}":
+            return f"{path} is out of date: it lacks {name}{signature}"
+    return ""
+
+
+def _register_fakes() -> None:
+    """Shapes without data, for torch.compile and meta tensors."""
+
+    @torch.library.register_fake("infer::rms_norm")
+    def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("infer::add_rms_norm")
+    def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+
+    @torch.library.register_fake("infer::act_and_mul")
+    def _(x: Tensor, kind: str) -> Tensor:
+        return x.new_empty((x.shape[0], x.shape[1] // 2))
+
+    @torch.library.register_fake("infer::rotary_write_kv")
+    def _(
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slots: Tensor,
+        num_q: int,
+        num_kv: int,
+    ) -> Tensor:
+        return qkv.new_empty((qkv.shape[0], num_q, k_pages.shape[3]))
+
+    @torch.library.register_fake("infer::paged_attention")
+    def _(
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        kv_map: Tensor,
+        scale: float,
+        window: int,
+        soft_cap: float,
+    ) -> Tensor:
+        return q.new_empty(q.shape)

@@ -1,0 +1,72 @@
+"""This process's place in the world: joined once, shared by every engine it builds one after the other."""
+
+import atexit
+import logging
+import os
+import sys
+
+import torch
+
+from infer.engine.batch import Kind
+from infer.engine.loop import Courier, follow, leave
+from infer.launch import RankEnv
+from infer.parallel.groups import World
+
+LOG_FORMAT = "%(levelname)s %(asctime)s [{rank}%(name)s] %(message)s"
+
+
+def set_up_logging(env: RankEnv) -> None:
+    """Lets the program's log lines through, unless the application has set up logging itself."""
+    logger = logging.getLogger("infer")
+    if logging.getLogger().handlers or logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    rank = f"rank {env.rank} " if env.world_size > 1 else ""
+    handler.setFormatter(logging.Formatter(LOG_FORMAT.format(rank=rank), datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+class Process:
+    """Rank 0's world and the courier to the other ranks."""
+
+    _joined: "Process | None" = None
+
+    def __init__(self, env: RankEnv):
+        self.env = env
+        self.world = World(env, pick_device(env))
+        self.courier = Courier(self.world)
+        self.num_engines = 0
+        self.engine_open = False
+
+    @classmethod
+    def join(cls, env: RankEnv) -> "Process":
+        """Joins the world (once). On every rank but 0 this does not return: they serve rank 0 and end with it."""
+        if cls._joined is None:
+            set_up_logging(env)
+            if env.rank != 0:
+                follow(World(env, pick_device(env)))
+            cls._joined = cls(env)
+            atexit.register(cls._joined.leave)
+        return cls._joined
+
+    def leave(self) -> None:
+        """Ends the followers and the world. A world that is broken already ends without ceremony."""
+        try:
+            self.courier.send(Kind.EXIT)
+            self.courier.close()
+            if self.courier.error is None:
+                leave(self.world)
+        except RuntimeError as error:
+            print(f"infer: the world ended early: {error}".splitlines()[0], file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def pick_device(env: RankEnv) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,215 @@
+"""python -m infer.serve: the OpenAI-compatible server. Every rank runs this; rank 0 decides.
+
+    python -m infer.serve --model DIR
+    torchrun --nproc-per-node 4 -m infer.serve --model DIR -tp 2 -pp 2
+"""
+
+import logging
+import os
+import queue
+import signal
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from infer import launch
+from infer.config import EngineConfig, Parser, ServerConfig, add_flags, from_args
+
+if TYPE_CHECKING:
+    from infer.engine.loop import Engine
+    from infer.serve.link import FrontendHandle
+
+logger = logging.getLogger("infer.serve")
+
+PORT_RETRY_SECONDS = 15.0  # after a restart: how long the port may still be held by our previous frontend
+FRONTEND_RESTARTS = 3  # in a row, each within a minute of the last
+
+
+def main() -> None:
+    env = None
+    try:
+        env = launch.RankEnv.from_environ()
+    except ValueError as error:
+        launch.fail(str(error), None)
+    launch.exit_if_failed_before(env)
+    launch.set_parent_death_signal(env)
+    if env.rank != 0:
+        follow(env)
+    try:
+        engine_config, server_config = parse(sys.argv[1:])
+        Server(env, engine_config, server_config).run()
+    except ValueError as error:
+        launch.fail(str(error), env)
+
+
+def parse(argv: list[str]) -> tuple[EngineConfig, ServerConfig]:
+    """The command line as configs. Raises ValueError."""
+    parser = Parser(prog="python -m infer.serve", description=(__doc__ or "").splitlines()[0])
+    add_flags(parser, EngineConfig)
+    add_flags(parser, ServerConfig)
+    args = parser.parse_args(argv)
+    return from_args(args, EngineConfig), from_args(args, ServerConfig)
+
+
+def follow(env: launch.RankEnv) -> None:
+    """Any rank but 0. Rank 0 reads the command line for all of them."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.exit(0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the terminal's Ctrl-C reaches every rank: end without a traceback
+    from infer.process import Process
+
+    Process.join(env)
+
+
+class Server:
+    """Rank 0: the engine's loop, with the frontend process at the other end of a socket."""
+
+    def __init__(self, env: launch.RankEnv, config: EngineConfig, server: ServerConfig):
+        self._env, self._config, self._server = env, config, server
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._frontend_starts: list[float] = []
+
+    def run(self) -> None:
+        """Serves until the process is told to end. Raises ValueError for what the user can mend."""
+        # Everything cheap is checked before anything is loaded: layout, config, tokenizer, port.
+        from infer.hub import served_name
+        from infer.models.source import read_model, tokenizer_path
+        from infer.parallel.topology import Topology
+
+        command = f"infer.serve --model {self._config.model}"
+        Topology.resolve(
+            self._env.world_size, self._config.tensor_parallel_size, self._config.pipeline_parallel_size, command
+        )
+        model_path, _ = read_model(self._config)
+        self._paths = model_path, tokenizer_path(self._config, model_path)
+        self._name = self._server.served_model_name or served_name(self._config.model)
+        self._handle = self._start_frontend()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._end(0))
+        try:
+            self._serve()
+        except ValueError as error:
+            self._handle.stop()
+            launch.fail(str(error), self._env)
+        except BaseException as error:
+            from infer.engine.loop import RankLost
+
+            if isinstance(error, RankLost):
+                print(f"infer: rank 0 ends: {error}".splitlines()[0], file=sys.stderr)
+            else:
+                traceback.print_exc()
+            self._end(1)
+
+    def _serve(self) -> None:
+        from infer.engine.loop import Engine
+        from infer.process import Process
+        from infer.serve.link import Progress
+
+        process = Process.join(self._env)
+        self._connect()
+        engine = Engine(
+            process.world,
+            process.courier,
+            self._config,
+            is_server=True,
+            progress=lambda phase: self._link.send(Progress(phase=phase)),
+        )
+        self._say_hello(engine)
+        self._loop(engine)
+
+    def _loop(self, engine: "Engine") -> None:
+        from infer.serve.link import Outputs
+
+        while True:
+            while not (engine.has_work and self._inbox.empty()):
+                try:
+                    self._handle_message(engine, self._inbox.get(timeout=1.0))
+                except queue.Empty:
+                    engine.log_stats()
+            if outputs := engine.step():
+                self._link.send(Outputs(items=outputs))
+
+    def _handle_message(self, engine: "Engine", message: Any) -> None:
+        from infer.request import FinishReason, Output, check_prompt
+        from infer.serve.link import Abort, Bye, Closed, Outputs, Submit
+
+        if isinstance(message, Submit):
+            request = message.request
+            try:
+                vocab_size = engine.model_config.vocab_size
+                check_prompt(request.prompt_token_ids, request.params, vocab_size, engine.max_model_len)
+                engine.submit(request)
+            except ValueError as error:  # the frontend has checked already: this is its bug, not the user's
+                logger.error("request %s refused: %s", request.request_id, error)
+                ended = [
+                    Output(
+                        request_id=request.request_id, index=i, finish_reason=FinishReason.ERROR, error=str(error)
+                    )
+                    for i in range(request.params.n)
+                ]  # fmt: skip
+                self._link.send(Outputs(items=ended))
+        elif isinstance(message, Abort):
+            engine.abort(message.request_id, message.index)
+        elif isinstance(message, (Closed, Bye)):
+            self._replace_frontend(engine, message.reason)
+
+    # ------------------------------------------------------------------ the frontend
+
+    def _start_frontend(self) -> "FrontendHandle":
+        from infer.serve.link import start_frontend
+
+        self._frontend_starts.append(time.monotonic())
+        deadline = time.monotonic() + (PORT_RETRY_SECONDS if self._env.restart_count else 0.0)
+        while True:
+            try:
+                return start_frontend(self._server, *self._paths, self._name)
+            except ValueError as error:
+                if "is taken" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _connect(self) -> None:
+        from infer.serve.link import EngineLink
+
+        self._link = EngineLink.connect(self._handle.socket_path, self._inbox.put)
+
+    def _say_hello(self, engine: "Engine") -> None:
+        from infer.serve.link import Hello
+
+        self._link.send(
+            Hello(
+                generation=self._env.restart_count,
+                model_name=self._name,
+                max_model_len=engine.max_model_len,
+                vocab_size=engine.model_config.vocab_size,
+                eos_token_ids=list(engine.model_config.eos_token_ids),
+            )
+        )
+
+    def _replace_frontend(self, engine: "Engine", reason: str) -> None:
+        """The frontend is gone, and with it its clients' connections: start another."""
+        lost = list(engine.scheduler.unfinished())
+        for request_id in lost:
+            engine.abort(request_id)
+        logger.error("%s; %d requests were lost; starting another frontend", reason, len(lost))
+        self._link.close()
+        self._handle.stop()
+        while not self._inbox.empty():  # what the old frontend still wanted
+            self._inbox.get()
+        recent = [at for at in self._frontend_starts if time.monotonic() - at < 60.0]
+        if len(recent) > FRONTEND_RESTARTS:
+            raise ValueError(f"the frontend process ended {len(recent)} times within a minute; giving up")
+        self._handle = self._start_frontend()
+        self._connect()
+        self._say_hello(engine)
+
+    def _end(self, status: int) -> None:
+        """Ends this process now. The frontend sees the link close and ends too."""
+        self._handle.stop(timeout=3.0)
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

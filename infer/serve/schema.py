@@ -1,0 +1,391 @@
+"""The OpenAI request bodies: what is taken, what is refused, and the errors that say so. No torch here.
+
+Every field is one of three: taken (a struct's field), without effect here (accepted, listed in _IGNORED), or lacking
+(refused by name unless its value asks for nothing, listed in _LACKING). null equals absent everywhere.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from infer.request import MAX_CHOICES, SamplingParams
+from infer.serve.chat import RESERVED
+
+MAX_STOP_CHARS = 1024
+MAX_MESSAGE_CHARS = 1000  # of an error's text
+MAX_LOGPROB_ENTRIES = 1 << 22  # in one response; each takes some 100 bytes here
+MAX_TOP_K = 2**31 - 1
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class ApiError(Exception):
+    """An error as the client gets it: an HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self, status: int, message: str, *, type: str = "invalid_request_error", param: str | None = None,
+        code: str | None = None, headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = message[:MAX_MESSAGE_CHARS] + "..."
+        super().__init__(message)
+        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object clients know."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """include_usage: a last chunk with the usage. continuous_usage_stats: the usage so far in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The fields both routes share. SamplingParams checks their ranges."""
+
+    model: str | None = None
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """What the client asked for; None: as many as fit."""
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives reported with each token; None: no logprobs at all."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
+    def check(self) -> None:
+        """Raises ApiError for what SamplingParams cannot know."""
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options needs stream to be true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_request("prompt_logprobs is not available with stream; leave one of them out", "prompt_logprobs")
+        if self.top_k > MAX_TOP_K:
+            raise bad_request(f"top_k must be at most {MAX_TOP_K}, not {self.top_k}", "top_k")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        longest = max(map(len, stops), default=0)
+        if longest > MAX_STOP_CHARS:
+            raise bad_request(f"a stop string may have {MAX_STOP_CHARS} characters, not {longest}", "stop")
+
+    def sampling_params(self, max_tokens: int) -> SamplingParams:
+        """Raises ApiError that names the field."""
+        try:
+            return SamplingParams(
+                max_tokens=max_tokens, logprobs=self.num_logprobs, prompt_logprobs=self.num_prompt_logprobs,
+                **{name: getattr(self, name) for name in _SAMPLING_FIELDS},
+            )  # fmt: skip
+        except ValueError as error:
+            name = str(error).split(" ", 1)[0].split("[", 1)[0]
+            raise bad_request(str(error), name if name in SamplingParams.__struct_fields__ else None) from None
+
+
+_SAMPLING_FIELDS = tuple(
+    name for name in SamplingBody.__struct_fields__ if name not in ("model", "stream", "stream_options", "prompt_logprobs")
+)
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions. prompt: text, token ids, or a list of either."""
+
+    prompt: Any
+    echo: bool = False
+    max_tokens: int = 16
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        if self.prompt_logprobs is None and self.echo:
+            return self.logprobs  # an echoed prompt comes with log-probabilities of its own
+        return self.prompt_logprobs
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Raises ApiError unless `prompt` has one of its four forms."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not isinstance(prompt, list):
+            raise _bad_prompt()
+        if not prompt:
+            raise bad_request("prompt is an empty list; give at least one prompt or token id", "prompt")
+        if _is_token_list(prompt):
+            return [prompt]
+        if all(isinstance(item, str) for item in prompt) or all(map(_is_token_list, prompt)):
+            return prompt
+        raise _bad_prompt()
+
+    def check(self) -> None:
+        super().check()
+        if len(self.prompts()) * max(self.n, 1) > MAX_CHOICES:
+            raise bad_request(
+                f"one request may ask for {MAX_CHOICES} choices (prompts times n), not "
+                f"{len(self.prompts())} x {self.n}; send several requests", "prompt",
+            )  # fmt: skip
+
+
+def _is_token_list(value: Any) -> bool:
+    # A fresh request is all there is to trust: bool is an int to Python, but not to JSON.
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _bad_prompt() -> ApiError:
+    return bad_request(
+        "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids", "prompt"
+    )
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions. max_tokens is the older name of max_completion_tokens."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def generation_prompt(self) -> bool:
+        """Unless said otherwise, exactly one of a new assistant turn and continuing the last message."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise bad_request("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise bad_request(
+                "add_generation_prompt and continue_final_message cannot both be true", "continue_final_message"
+            )
+        for name in self.chat_template_kwargs:
+            if name in RESERVED:
+                raise bad_request(f"chat_template_kwargs must not set {name[:40]}", "chat_template_kwargs")
+        if not self.messages:
+            raise bad_request("messages is empty; give at least one message", "messages")
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages with their text parts joined, as templates expect them. Raises ApiError naming what is wrong."""
+        return [_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+
+_MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id"}
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    message = {name: value for name, value in message.items() if value is not None}
+    role = message.get("role")
+    if role not in ROLES:
+        raise bad_request(f"{where}.role must be one of {', '.join(ROLES)}, not {_show(role)}", "messages")
+    for name, value in message.items():
+        if name not in _MESSAGE_FIELDS:
+            raise bad_request(
+                f"{where}.{name[:40]} is not supported; known are {', '.join(sorted(_MESSAGE_FIELDS))}", "messages"
+            )
+        if name != "content" and not isinstance(value, str):
+            raise bad_request(f"{where}.{name} must be a string, not {_show(value)}", "messages")
+    return {**message, "content": _content_text(message.get("content"), where + ".content")}
+
+
+def _content_text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_request(f"{where} must be a string or a list of text parts, not {_show(content)}", "messages")
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise bad_request(
+                f'{where}[{i}] must be {{"type": "text", "text": ...}}; this server takes text only'
+                + (f", not {_show(kind)}" if isinstance(kind, str) and kind != "text" else ""),
+                "messages",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+_IGNORED = {
+    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls",
+    "include_reasoning",
+}  # fmt: skip
+
+# Field -> the values that ask for nothing, and a sentence for the others ("" where the name says it all).
+_LACKING: dict[str, tuple[tuple[Any, ...], str]] = {
+    "store": ((False,), "nothing is stored here"),
+    "service_tier": (("auto", "default"), "there is one tier; use auto"),
+    "response_format": (({"type": "text"},), 'only {"type": "text"} is supported'),
+    "modalities": ((["text"],), "only text is supported"),
+    "tools": (([],), "tool calls are not supported"),
+    "tool_choice": (("none", "auto"), "tool calls are not supported"),
+    "functions": (([],), "function calls are not supported"),
+    "function_call": (("none", "auto"), "function calls are not supported"),
+    "spaces_between_special_tokens": ((True,), "only true is supported"),
+    "priority": ((0,), "requests are served first come, first served"),
+    "best_of": ((1,), "use n"),
+    "suffix": (("",), "insertion is not supported"),
+    "use_beam_search": ((False,), "beam search is not supported"),
+    "length_penalty": ((1, 1.0), "beam search is not supported"),
+    "early_stopping": ((False,), "beam search is not supported"),
+    "bad_words": (([],), "use logit_bias with token ids"),
+    "return_token_ids": ((False,), ""),
+    "return_tokens_as_token_ids": ((False,), ""),
+    "documents": (([],), ""),
+    "return_prompt_text": ((False,), ""),
+} | {
+    name: ((), "")
+    for name in (
+        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "truncate_prompt_tokens",
+        "request_id", "cache_salt", "chat_template", "reasoning_effort", "verbosity", "audio", "prediction",
+        "web_search_options", "prompt_embeds", "extra_args", "logits_processors", "vllm_xargs", "kv_transfer_params",
+        "mm_processor_kwargs", "moderation",
+    )
+}  # fmt: skip
+
+Body = TypeVar("Body", bound=SamplingBody)
+
+
+def parse(data: bytes, kind: type[Body]) -> Body:
+    """A checked request body. Raises ApiError (400) that names the field, and never repeats much of the input."""
+    raw = _decode(data)
+    fields = {name: value for name, value in raw.items() if value is not None}
+    for name in list(fields):
+        if name not in kind.__struct_fields__:
+            _check_untaken(name, fields.pop(name), kind)
+    try:
+        body = msgspec.convert(fields, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _validation_error(str(error)) from None
+    body.check()
+    return body
+
+
+def _decode(data: bytes) -> dict[str, Any]:
+    try:
+        raw = msgspec.json.decode(data)
+    except RecursionError:
+        raise bad_request("the body is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise bad_request(f"the body is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise bad_request(f"the body must be a JSON object, not {_show(raw)}")
+    return raw
+
+
+def _check_untaken(name: str, value: Any, kind: type[SamplingBody]) -> None:
+    """Raises ApiError unless the field is without effect."""
+    if name in _IGNORED:
+        return
+    if name in _LACKING:
+        neutral, sentence = _LACKING[name]
+        # True == 1 to Python; a type that differs is never neutral.
+        if any(type(value) is type(item) and value == item for item in neutral):
+            return
+        raise bad_request(f"{name} is not supported by this server" + (f": {sentence}" if sentence else ""), name)
+    near = difflib.get_close_matches(name[:64], kind.__struct_fields__, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise bad_request(f"unknown field {name[:64]!r}{hint}", name[:64])
+
+
+def _validation_error(text: str) -> ApiError:
+    """msgspec says "Expected `int`, got `str` - at `$.n`"; clients read "n: expected int, got str"."""
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`(?: - at `(.*)`)?", text):
+        return bad_request(f"{missing[1]} is missing", missing[1])
+    reason, _, place = text.partition(" - at ")
+    path = re.search(r"\$\.?([\w.\[\]]*)", place)
+    name = path[1].rstrip(".") if path else ""
+    reason = reason.replace("`", "")
+    param = re.split(r"[.\[]", name)[0] or None
+    return bad_request(f"{name}: {reason[:1].lower()}{reason[1:]}" if name else reason, param)
+
+
+def _show(value: Any) -> str:
+    """A value of unknown size, for an error's text."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:40] + "...")
+    if isinstance(value, (bool, int, float)):
+        return str(value).lower()[:40]
+    return {dict: "an object", list: "a list"}.get(type(value), type(value).__name__)
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    return ApiError(
+        404, f"the model {_show(name)} does not exist; this server has {served!r}", param="model", code="model_not_found"
+    )
+
+
+def too_long(num_prompt: int, max_new_tokens: int | None, max_model_len: int) -> ApiError:
+    """The prompt, alone or with the tokens asked for, is over the context."""
+    asked = "" if max_new_tokens is None else f" and asks for {max_new_tokens} more"
+    return bad_request(
+        f"this model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} tokens{asked}. "
+        "Shorten the prompt or ask for fewer tokens",
+        param="messages" if max_new_tokens is None else "max_tokens", code="context_length_exceeded",
+    )  # fmt: skip

@@ -1,0 +1,249 @@
+// paged_attention: cuts a batch into tasks of bounded work, which threads take one after the other.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "common.h"
+
+#define INFER_KERNEL "attention_kernel.h"
+#include "foreach_isa.h"
+
+namespace infer {
+namespace {
+
+constexpr const char* op = "paged_attention";
+constexpr int64_t few_rows = 4;         // up to here, keys are cut into chunks; above, rows into blocks
+constexpr int64_t block_queries = 96;   // about how many queries share one pass over the keys
+
+struct Shape {
+  int64_t num_tokens, num_q, num_kv, dim, num_seqs, block_size, num_blocks;
+};
+
+Shape check_arguments(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& v_pages,
+                      const at::Tensor& block_table, const at::Tensor& query_start, const at::Tensor& seq_lens,
+                      const at::Tensor& kv_map, int64_t window, double soft_cap) {
+  check_dim(op, "q", q, 3);
+  check_dim(op, "k_pages", k_pages, 4);
+  check_dim(op, "block_table", block_table, 2);
+  const auto dtype = q.scalar_type();
+  const Shape s{q.size(0),          q.size(1),       k_pages.size(2), q.size(2), block_table.size(0),
+                k_pages.size(1), k_pages.size(0)};
+  check_tensor(op, "q", q, dtype, q.sizes());
+  check_tensor(op, "k_pages", k_pages, dtype, {s.num_blocks, s.block_size, s.num_kv, s.dim});
+  check_tensor(op, "v_pages", v_pages, dtype, k_pages.sizes());
+  check_tensor(op, "block_table", block_table, at::kInt, block_table.sizes());
+  check_tensor(op, "query_start", query_start, at::kInt, {s.num_seqs + 1});
+  check_tensor(op, "seq_lens", seq_lens, at::kInt, {s.num_seqs});
+  check_tensor(op, "kv_map", kv_map, at::kInt, {s.num_q});
+  TORCH_CHECK_VALUE(window >= 0, op, ": window is ", window, ", must not be negative");
+  TORCH_CHECK_VALUE(soft_cap >= 0, op, ": soft_cap is ", soft_cap, ", must not be negative");
+  return s;
+}
+
+// The query heads of each KV head, in one list: those of KV head g are [start[g], start[g + 1]).
+struct HeadGroups {
+  std::vector<int32_t> heads, start;
+
+  HeadGroups(const int32_t* kv_map, int64_t num_q, int64_t num_kv) : heads(num_q), start(num_kv + 1, 0) {
+    for (int64_t h = 0; h < num_q; ++h) {
+      TORCH_CHECK_INDEX(0 <= kv_map[h] && kv_map[h] < num_kv, op, ": kv_map[", h, "] is ", kv_map[h],
+                        ", must be in [0, ", num_kv, ")");
+      ++start[kv_map[h] + 1];
+    }
+    for (int64_t g = 0; g < num_kv; ++g) start[g + 1] += start[g];
+    std::vector<int32_t> next(start);
+    for (int64_t h = 0; h < num_q; ++h) heads[next[kv_map[h]]++] = static_cast<int32_t>(h);
+  }
+};
+
+// Queries whose keys were cut into chunks: partials of one (sequence, KV head), chunk after chunk.
+struct Merge {
+  AttentionTask task;  // of the first chunk; `partial` is set once memory is there
+  int64_t first_task, chunks;
+  int64_t offset;  // of its partials, in floats
+};
+
+class Plan {
+ public:
+  std::vector<AttentionTask> tasks;
+  std::vector<Merge> merges;
+  int64_t partial_size = 0;  // floats
+  int64_t max_queries = 0;
+  bool covers_every_row = true;
+
+  Plan(const Shape& shape, const HeadGroups& groups, const at::Tensor& block_table, const int32_t* query_start,
+       const int32_t* seq_lens, int64_t window)
+      : shape_(shape), groups_(groups), window_(window) {
+    int64_t row = 0;
+    covers_every_row = query_start[0] == 0 && query_start[shape.num_seqs] == shape.num_tokens;
+    TORCH_CHECK_INDEX(query_start[0] >= 0, op, ": query_start[0] is ", query_start[0], ", must not be negative");
+    for (int64_t s = 0; s < shape.num_seqs; ++s) {
+      row = query_start[s];
+      const int64_t end = query_start[s + 1], rows = end - row;
+      TORCH_CHECK_INDEX(row <= end && end <= shape.num_tokens, op, ": query_start[", s + 1, "] is ", end,
+                        ", must be in [", row, ", ", shape.num_tokens, "]");
+      if (rows == 0) continue;
+      check_keys(s, rows, seq_lens[s], block_table);
+      for (int64_t g = 0; g < shape.num_kv; ++g) {
+        if (groups.start[g] == groups.start[g + 1]) continue;
+        rows <= few_rows ? add_chunks(s, g, row, end, seq_lens[s]) : add_row_blocks(s, g, row, end, seq_lens[s]);
+      }
+    }
+  }
+
+  // Once all tasks are known: their partial results, in `memory` of partial_size floats.
+  void place_partials(float* memory) {
+    for (Merge& merge : merges) {
+      merge.task.partial = memory + merge.offset;
+      const int64_t stride = merge.task.num_queries() * (shape_.dim + 2);
+      for (int64_t c = 0; c < merge.chunks; ++c) tasks[merge.first_task + c].partial = merge.task.partial + c * stride;
+    }
+  }
+
+ private:
+  const Shape& shape_;
+  const HeadGroups& groups_;
+  const int64_t window_;
+
+  int64_t first_key(int64_t position) const { return window_ > 0 ? std::max<int64_t>(0, position - window_ + 1) : 0; }
+
+  // Every block a row of sequence s sees is in the cache.
+  void check_keys(int64_t s, int64_t rows, int64_t num_keys, const at::Tensor& block_table) const {
+    TORCH_CHECK_INDEX(num_keys >= rows, op, ": seq_lens[", s, "] is ", num_keys, ", must be at least its ", rows,
+                      " query rows");
+    const int64_t last = (num_keys - 1) / shape_.block_size, max_blocks = block_table.size(1);
+    TORCH_CHECK_INDEX(last < max_blocks, op, ": seq_lens[", s, "] is ", num_keys, ", but block_table has ", max_blocks,
+                      " blocks of ", shape_.block_size, " keys");
+    const int32_t* table = data<int32_t>(block_table) + s * block_table.stride(0);
+    for (int64_t b = first_key(num_keys - rows) / shape_.block_size; b <= last; ++b) {
+      TORCH_CHECK_INDEX(0 <= table[b] && table[b] < shape_.num_blocks, op, ": block_table[", s, ", ", b, "] is ",
+                        table[b], ", must be in [0, ", shape_.num_blocks, ")");
+    }
+  }
+
+  void add_task(int64_t s, int64_t g, int64_t row, int64_t end, int64_t position, int64_t key_begin,
+                int64_t key_end) {
+    tasks.push_back({.sequence = s,
+                     .kv_head = g,
+                     .heads = groups_.heads.data() + groups_.start[g],
+                     .num_heads = groups_.start[g + 1] - groups_.start[g],
+                     .row_begin = row,
+                     .row_end = end,
+                     .first_position = position,
+                     .key_begin = key_begin,
+                     .key_end = key_end,
+                     .partial = nullptr});
+    max_queries = std::max(max_queries, tasks.back().num_queries());
+  }
+
+  void add_chunks(int64_t s, int64_t g, int64_t row, int64_t end, int64_t num_keys) {
+    const int64_t position = num_keys - (end - row), first = first_key(position);
+    const int64_t first_chunk = first / chunk_keys, last_chunk = (num_keys - 1) / chunk_keys;
+    const int64_t first_task = static_cast<int64_t>(tasks.size());
+    for (int64_t c = first_chunk; c <= last_chunk; ++c) {
+      add_task(s, g, row, end, position, std::max(first, c * chunk_keys), std::min(num_keys, (c + 1) * chunk_keys));
+    }
+    const int64_t chunks = last_chunk - first_chunk + 1;
+    if (chunks == 1) return;
+    merges.push_back({tasks[first_task], first_task, chunks, partial_size});
+    partial_size += chunks * tasks[first_task].num_queries() * (shape_.dim + 2);
+  }
+
+  void add_row_blocks(int64_t s, int64_t g, int64_t row, int64_t end, int64_t num_keys) {
+    const int64_t heads = groups_.start[g + 1] - groups_.start[g];
+    const int64_t block = std::max<int64_t>(1, block_queries / heads);
+    for (int64_t r = row; r < end; r += block) {
+      const int64_t stop = std::min(end, r + block), position = num_keys - (end - r);
+      add_task(s, g, r, stop, position, first_key(position), num_keys - (end - stop));
+    }
+  }
+};
+
+using Memory = std::unique_ptr<float[], void (*)(float*)>;
+
+Memory aligned_zeros(int64_t count) {
+  constexpr std::align_val_t alignment{64};
+  float* memory = static_cast<float*>(::operator new(count * sizeof(float), alignment));
+  std::fill_n(memory, count, 0.0f);
+  return {memory, [](float* p) { ::operator delete(p, alignment); }};
+}
+
+template <class T>
+void run(const Attention<T>& attention, const Plan& plan) {
+  const auto attend = INFER_SELECT(attend<T>);
+  const int64_t num_tasks = static_cast<int64_t>(plan.tasks.size());
+  std::atomic<int64_t> next{0};
+  // The range only says how many threads run: each takes the next task until none is left, so that all end together.
+  at::parallel_for(0, std::min<int64_t>(num_tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const Memory memory = aligned_zeros(AttentionScratch::size(plan.max_queries, attention.dim));
+    const AttentionScratch scratch(memory.get(), plan.max_queries, attention.dim);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+      attend(attention, plan.tasks[i], scratch);
+    }
+  });
+
+  const auto merge_chunks = INFER_SELECT(merge_chunks<T>);
+  const int64_t num_merges = static_cast<int64_t>(plan.merges.size()), size = attention.dim + 2;
+  at::parallel_for(0, num_merges, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Merge& merge = plan.merges[i];
+      const AttentionTask& task = merge.task;
+      for (int64_t m = 0; m < task.num_queries(); ++m) {
+        const int64_t row = task.row_begin + m / task.num_heads, head = task.heads[m % task.num_heads];
+        merge_chunks(task.partial + m * size, merge.chunks, task.num_queries() * size, attention.dim,
+                     attention.out + (row * attention.num_q + head) * attention.dim);
+      }
+    }
+  });
+}
+
+template <class T>
+Pages<T> pages_of(const at::Tensor& pages) {
+  return {data<T>(pages), pages.stride(0), pages.stride(1), pages.stride(2)};
+}
+
+at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const at::Tensor& v_pages,
+                           const at::Tensor& block_table, const at::Tensor& query_start, const at::Tensor& seq_lens,
+                           const at::Tensor& kv_map, double scale, int64_t window, double soft_cap) {
+  const Shape shape =
+      check_arguments(q, k_pages, v_pages, block_table, query_start, seq_lens, kv_map, window, soft_cap);
+  const HeadGroups groups(data<int32_t>(kv_map), shape.num_q, shape.num_kv);
+  Plan plan(shape, groups, block_table, data<int32_t>(query_start), data<int32_t>(seq_lens), window);
+  at::Tensor out = plan.covers_every_row ? at::empty(q.sizes(), q.options()) : at::zeros(q.sizes(), q.options());
+  const Memory partials = aligned_zeros(plan.partial_size);
+  plan.place_partials(partials.get());
+  for_dtype(op, q.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    run<T>({.q = data<T>(q),
+            .out = mutable_data<T>(out),
+            .k = pages_of<T>(k_pages),
+            .v = pages_of<T>(v_pages),
+            .block_table = data<int32_t>(block_table),
+            .q_row_stride = q.stride(0),
+            .q_head_stride = q.stride(1),
+            .table_stride = block_table.stride(0),
+            .block_size = shape.block_size,
+            .num_q = shape.num_q,
+            .dim = shape.dim,
+            .window = window,
+            .scale = static_cast<float>(scale),
+            .soft_cap = static_cast<float>(soft_cap)},
+           plan);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace infer
+
+TORCH_LIBRARY_FRAGMENT(infer, m) {
+  m.def(
+      "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, "
+      "Tensor seq_lens, Tensor kv_map, float scale, int window, float soft_cap) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(infer, CPU, m) { m.impl("paged_attention", &infer::paged_attention); }
