@@ -13,8 +13,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
 def _flag(default: Any, help: str, *short: str, parse: Any = None, choices: Sequence[str] | None = None) -> Any:
-    meta = {"help": help, "short": short, "parse": parse, "choices": choices}
-    return field(default=default, metadata=meta)
+    return field(default=default, metadata={"help": help, "short": short, "parse": parse, "choices": choices})
 
 
 def _size(text: str) -> int:
@@ -48,7 +47,7 @@ def _overrides(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything that decides how the engine is built. None means "choose for me"; `LLM(**kwargs)` takes the same names."""
+    """Everything that decides how the engine is built; `LLM(**kwargs)` takes the same names. None: choose for me."""
 
     model: str = _flag(None, "directory of a Hugging Face checkpoint, or a Hub id")
     tokenizer: str | None = _flag(None, "directory or Hub id of the tokenizer (default: the model's)")
@@ -60,7 +59,9 @@ class EngineConfig:
     seed: int = _flag(0, "of dummy weights, and of requests without a seed of their own")
     max_model_len: int | None = _flag(None, "longest prompt + output in tokens (default: the model's)", parse=int)
 
-    tensor_parallel_size: int | None = _flag(None, "ranks a layer is split over (default: world / pp)", "-tp", parse=int)
+    tensor_parallel_size: int | None = _flag(
+        None, "ranks a layer is split over (default: world / pp)", "-tp", parse=int
+    )
     pipeline_parallel_size: int = _flag(1, "stages the layers are split over", "-pp")
     pipeline_layer_partition: tuple[int, ...] | None = _flag(
         None, "layers of each stage, such as 9,11,10 (default: balanced)", parse=_partition
@@ -70,9 +71,8 @@ class EngineConfig:
 
     gpu_memory_utilization: float = _flag(0.9, "share of each GPU's memory to use")
     kv_cache_memory_bytes: int | None = _flag(
-        None, "bytes of KV cache per rank, such as 4G (default: on GPUs by profiling, on CPUs a share of free memory)",
-        parse=_size,
-    )  # fmt: skip
+        None, "bytes of KV cache per rank, such as 4G (default: what is free, as the logs say)", parse=_size
+    )
     num_gpu_blocks_override: int | None = _flag(None, "number of KV blocks, whatever memory there is", parse=int)
     block_size: int = _flag(16, "tokens a KV block holds")
     enable_prefix_caching: bool = _flag(True, "reuse the KV blocks of equal prompt beginnings")
@@ -92,8 +92,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {self.gpu_memory_utilization!r}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {share!r}")
         for name in ("enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")

@@ -78,7 +78,7 @@ class LLM:
         naming the prompt, before anything runs.
         """
         self._check_open()
-        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         params = self._params_for(many, sampling_params)
         jobs = [self._prepare(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, params, strict=True))]
         self._run(jobs, use_tqdm)
@@ -94,7 +94,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers a conversation, or a list of conversations, rendered by the model's chat template."""
         self._check_open()
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = self.tokenizer.apply_chat_template(
@@ -123,15 +123,15 @@ class LLM:
     # ------------------------------------------------------------------ a request
 
     def _params_for(
-        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: list[Any], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
-            raise ValueError(f"there are {len(prompts)} prompts but {len(params)} sampling_params; give one, or one each")
+            raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one each")
         return list(params)
 
-    def _prepare(self, index: int, prompt: Prompt, params: SamplingParams) -> _Job:
+    def _prepare(self, index: int, prompt: Any, params: SamplingParams) -> _Job:
         text, token_ids = None, prompt
         if isinstance(prompt, str):
             text, token_ids = prompt, self.tokenizer.encode(prompt)

@@ -1,7 +1,7 @@
 """What a user asks for: SamplingParams, and the Request the engine works on. No torch here."""
 
 import math
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ MAX_CHOICES = 1024
 SEED_RANGE = range(-(2**63), 2**63)
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a choice ended. `stop`: end token, stop token or stop string; `length`: max_tokens or max_model_len."""
 
     STOP = "stop"
@@ -20,18 +20,15 @@ class FinishReason(str, Enum):
     ABORT = "abort"
     ERROR = "error"
 
-    def __str__(self) -> str:
-        return self.value
-
 
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """How tokens are drawn and when to stop, with vLLM's names and defaults.
 
     n: choices per prompt. temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 are off. presence_penalty and
-    frequency_penalty count generated tokens, repetition_penalty prompt and generated ones. seed: None draws a fresh one.
-    stop: strings that end the text (not part of it unless include_stop_str_in_output). stop_token_ids end it as well.
-    min_tokens: no end or stop token before so many. logprobs: the k most likely tokens are reported with each token, the
-    drawn one always among them; prompt_logprobs the same for the prompt. logit_bias: token id -> added to its logit.
+    frequency_penalty count generated tokens, repetition_penalty prompt and generated ones. seed: None draws a fresh
+    one. stop: strings that end the text (not part of it unless include_stop_str_in_output). stop_token_ids end it too.
+    min_tokens: no end or stop token before so many. logprobs: the k most likely tokens are reported with each token,
+    the drawn one always among them; prompt_logprobs the same for the prompt. logit_bias: token id -> added to its logit.
     allowed_token_ids: nothing else can be drawn.
 
     Raises ValueError that names the field, its value and what would work.
@@ -184,7 +181,8 @@ def check_prompt(token_ids: list[int], params: SamplingParams, vocab_size: int, 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    fine = isinstance(value, int) and not isinstance(value, bool)
+    if not fine or value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 

@@ -23,7 +23,7 @@ class Pages:
 
 
 def available_bytes(config: EngineConfig, device: torch.device, local_world_size: int, peak_bytes: int) -> int:
-    """Bytes this rank may use for its KV cache. peak_bytes: what a forward pass of a full batch needs beside it (GPU)."""
+    """Bytes this rank may use for its KV cache. peak_bytes: what a forward pass of a full batch takes beside (GPU)."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cuda":
@@ -57,8 +57,8 @@ def check_fits(num_tokens: int, max_model_len: int, block_size: int, bytes_per_t
         return
     largest = num_tokens // block_size * block_size
     raise ValueError(
-        f"one request of {max_model_len:,} tokens needs {max_model_len * bytes_per_token:,} bytes of KV cache, but there "
-        f"are {num_bytes:,}; "
+        f"one request of {max_model_len:,} tokens needs {max_model_len * bytes_per_token:,} bytes of KV cache, but "
+        f"there are {num_bytes:,}; "
         + (f"--max-model-len {largest} fits" if largest > 1 else "not one block fits: give more memory")
         + " (see also --kv-cache-memory-bytes, --gpu-memory-utilization)"
     )

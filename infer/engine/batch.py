@@ -1,7 +1,7 @@
 """The one message per step from rank 0 to every rank, and the one that brings sampled tokens back.
 
-Layout, all int32: a fixed header, then arrays whose lengths stand in the header, then MessagePack bytes (padded to whole
-words) for what is rare or irregular. Nothing trusts the sender: lengths are checked here, indices by the runner.
+Layout, all int32: a fixed header, then arrays whose lengths stand in the header, then MessagePack bytes (padded to
+whole words) for what is rare. Nothing trusts the sender: lengths are checked here, indices by the runner.
 """
 
 import enum

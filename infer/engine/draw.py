@@ -152,14 +152,14 @@ class Draws:
 
 
 def draws_of(params: list[SamplingParams], keys: list[int], vocab_size: int, device: torch.device) -> Draws:
-    """The parameters of `len(params)` rows as tensors. A greedy row keeps one candidate and has no noise."""
+    """The parameters of `len(params)` rows, none of them greedy, as tensors."""
 
     def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    top_k = [1 if p.greedy else min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
     return Draws(
-        temperature=column([1.0 if p.greedy else p.temperature for p in params], torch.float32),
+        temperature=column([p.temperature for p in params], torch.float32),
         key=column(keys, torch.int64),
         top_k=column(top_k, torch.int64),
         top_p=column([p.top_p if p.top_p < 1 else math.inf for p in params], torch.float64),

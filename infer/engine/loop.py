@@ -83,7 +83,8 @@ class Courier:
 class Engine:
     """Rank 0's engine: takes requests, runs batches over all ranks, gives outputs.
 
-    Only one exists at a time in a world. Raises StartupError where it cannot be built; all ranks then wait for the next.
+    Only one exists at a time in a world. Raises StartupError where it cannot be built; the other ranks then wait for
+    the next.
     """
 
     def __init__(self, world: World, courier: Courier, config: EngineConfig, *, number: int = 0,
@@ -257,12 +258,13 @@ class Follower:
         try:
             result = built.runner.run(batch)
             if result is not None:
+                assert built.groups.results is not None
                 built.groups.results.send(torch.from_numpy(messages.encode_result(result, self._generation)))
         except RuntimeError as error:
             if _is_connection_loss(error):
                 raise RankLost(f"a rank is gone: {error}") from error
             raise
-        if batch.report and built.groups.tp_rank == 0:
+        if batch.report and built.groups.tp_rank == 0 and self._world.store is not None:
             key = f"{self._name}/busy/{built.groups.pp_rank}"
             self._world.store.set(key, f"{built.runner.busy_seconds:.6f}")
 

@@ -11,23 +11,14 @@ A token depends on its own row alone: not on other rows in the batch, not on how
 for the noise and for why sums and ties are safe).
 """
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from infer.engine.draw import (
-    counters,
-    draw,
-    draw_from_rows,
-    draws_of,
-    in_order,
-    largest,
-    perturbed_max,
-    stream_key,
-)
+from infer.engine.draw import counters, draw, draw_from_rows, draws_of, in_order, largest, perturbed_max, stream_key
 from infer.engine.logit_edits import SampleRow, edited_logits
 from infer.parallel.groups import Group
 from infer.request import SamplingParams, TokenLogprobs
@@ -80,7 +71,7 @@ class Sampler:
         result = SampleResult([-1] * len(rows), [None] * len(rows))
         members: dict[_Path, list[int]] = {path: [] for path in _Path}
         for i, row in enumerate(rows):
-            members[self._path(row.params)].append(i)
+            members[_path(row.params, self.vocab_size)].append(i)
         for path, indices in members.items():
             if not indices:
                 continue
@@ -104,20 +95,10 @@ class Sampler:
         """
         self._check_shape(logits, len(targets))
         found: list[TokenLogprobs] = []
-        for first, part in self._gathered(logits):
-            if part is not None:
-                last = first + len(part)
-                found += token_logprobs(part, torch.tensor(targets[first:last], device=part.device), k[first:last])
+        for first, part in self._whole_rows(logits):
+            last = first + len(part)
+            found += token_logprobs(part, torch.tensor(targets[first:last], device=part.device), k[first:last])
         return found if self.tp.index == 0 else None
-
-    def _path(self, params: SamplingParams) -> _Path:
-        if params.logprobs is not None:
-            return _Path.ROWS
-        if params.greedy or params.top_k == 1:
-            return _Path.BEST
-        if 0 < params.top_k < self.vocab_size:  # min_p and top_p then need only those k
-            return _Path.TOP_K if params.top_k <= MAX_GATHERED_TOP_K else _Path.ROWS
-        return _Path.ROWS if params.top_p < 1 or params.min_p > 0 else _Path.BEST
 
     def _sample_best(self, logits: Tensor, rows: list[SampleRow]) -> Tensor | None:
         """Tokens of rows on the path BEST: int64 [rows] on the first rank."""
@@ -185,29 +166,25 @@ class Sampler:
         pieces = [piece.chunk(2, dim=-1) for piece in gathered.split([2 * count for count in counts], dim=-1)]
         return torch.cat([v for v, _ in pieces], -1).float(), torch.cat([i for _, i in pieces], -1).long()
 
-    def _gathered(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
-        raise NotImplementedError
-
     def _sample_rows(self, logits: Tensor, rows: list[SampleRow]) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Tokens and log-probabilities of rows on the path ROWS, on the first rank; nothing elsewhere."""
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
-        for first, part in self._gathered(logits):
-            if part is not None:
-                chosen = rows[first : first + len(part)]
-                drawn = self._draw_rows(part, chosen)
-                tokens += drawn.tolist()
-                logprobs += _drawn_logprobs(part, drawn, chosen)
+        for first, part in self._whole_rows(logits):
+            chosen = rows[first : first + len(part)]
+            drawn = self._draw_from_rows(part, chosen)
+            tokens += drawn.tolist()
+            logprobs += _drawn_logprobs(part, drawn, chosen)
         return tokens, logprobs
 
-    def _draw_rows(self, logits: Tensor, rows: list[SampleRow]) -> Tensor:
-        """Tokens, int64 [rows], from whole rows [rows, vocab]."""
-        truncated = [i for i, row in enumerate(rows) if not self._is_best_of_row(row.params)]
-        whole = [i for i, row in enumerate(rows) if self._is_best_of_row(row.params)]
+    def _draw_from_rows(self, logits: Tensor, rows: list[SampleRow]) -> Tensor:
+        """Tokens, int64 [rows], from whole rows [rows, vocab]; -1 where none can be drawn."""
         tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-        if whole:
-            values, ids = self._best(_select(logits, whole), [rows[i] for i in whole], 0)
-            tokens[whole] = ids.masked_fill_(~values.isfinite(), -1)
+        best = [i for i, row in enumerate(rows) if _takes_best(row.params, self.vocab_size)]
+        truncated = [i for i, row in enumerate(rows) if not _takes_best(row.params, self.vocab_size)]
+        if best:
+            values, ids = self._best(_select(logits, best), [rows[i] for i in best], 0)
+            tokens[best] = ids.masked_fill_(~values.isfinite(), -1)
         if truncated:
             part, chosen = _select(logits, truncated), [rows[i] for i in truncated]
             if any(row.is_edited for row in chosen):
@@ -215,3 +192,79 @@ class Sampler:
             draws = draws_of([row.params for row in chosen], _keys(chosen), self.vocab_size, logits.device)
             tokens[truncated] = draw_from_rows(part, draws)
         return tokens
+
+    def _whole_rows(self, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Some rows at a time: (the first one's index, [some rows, vocab]), on the first rank; nothing elsewhere.
+
+        Every rank must run it to its end: it is what gathers.
+        """
+        step = max(1, MAX_ELEMENTS_AT_ONCE // self.vocab_size)
+        for first in range(0, len(logits), step):
+            part = self.tp.gather(logits[first : first + step], self.widths)
+            if part is not None:
+                yield first, part
+
+    def _check_shape(self, logits: Tensor, num_rows: int) -> None:
+        shape = tuple(logits.shape)
+        assert shape == (num_rows, self.width), f"logits are {shape}, not [{num_rows}, {self.width}]"
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, k: list[int]) -> list[TokenLogprobs]:
+    """Log-softmax of whole rows [rows, vocab] at one token each and at the row's k most likely ones.
+
+    targets: int64 [rows]; k: one a row, cut to the vocabulary's size. Ranks are places in the order (logit falling,
+    token id rising), so that the k most likely ones have ranks 1 to k.
+    """
+    logits = logits.float()
+    vocab_size = logits.shape[-1]
+    top = logits.amax(-1, keepdim=True)
+    log_total = top.double() + (logits - top).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
+    at_target = logits.gather(-1, targets[:, None])
+    lower = torch.arange(vocab_size, device=logits.device) < targets[:, None]
+    ahead = torch.count_nonzero((logits > at_target) | ((logits == at_target) & lower), dim=-1)
+    values, ids = largest(logits, max(k)) if max(k) > 0 else (at_target[:, :0], targets[:, None][:, :0])
+
+    tokens = torch.cat([targets[:, None], ids], dim=-1).tolist()
+    logprobs = (torch.cat([at_target, values], dim=-1) - log_total).tolist()
+    first_ranks = (ahead + 1).tolist()
+    return [
+        TokenLogprobs(tokens[i][: n + 1], logprobs[i][: n + 1], [first_ranks[i], *range(1, n + 1)])
+        for i, n in enumerate(min(wanted, vocab_size) for wanted in k)
+    ]
+
+
+def _drawn_logprobs(logits: Tensor, drawn: Tensor, rows: list[SampleRow]) -> list[TokenLogprobs | None]:
+    """Log-probabilities of the drawn tokens in the model's own distribution, where asked for and a token was drawn."""
+    tokens = drawn.tolist()
+    indices = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] >= 0]
+    found: list[TokenLogprobs | None] = [None] * len(rows)
+    if indices:
+        k = [rows[i].params.logprobs or 0 for i in indices]
+        for i, entry in zip(indices, token_logprobs(_select(logits, indices), drawn[indices], k), strict=True):
+            found[i] = entry
+    return found
+
+
+def _takes_best(params: SamplingParams, vocab_size: int) -> bool:
+    """Whether the token is the largest of a row's logits, perturbed or not, without any truncation before."""
+    if params.greedy or params.top_k == 1:
+        return True
+    return not 0 < params.top_k < vocab_size and params.top_p >= 1 and params.min_p <= 0
+
+
+def _path(params: SamplingParams, vocab_size: int) -> _Path:
+    if params.logprobs is not None:
+        return _Path.ROWS
+    if _takes_best(params, vocab_size):
+        return _Path.BEST
+    # Under top_k, min_p and top_p need only the k largest.
+    return _Path.TOP_K if 0 < params.top_k <= min(MAX_GATHERED_TOP_K, vocab_size - 1) else _Path.ROWS
+
+
+def _keys(rows: list[SampleRow]) -> list[int]:
+    return [stream_key(row.seed, row.choice, row.position) for row in rows]
+
+
+def _select(logits: Tensor, indices: list[int]) -> Tensor:
+    """The rows at rising, distinct `indices`; no copy where that is all of them."""
+    return logits if len(indices) == len(logits) else logits[indices]

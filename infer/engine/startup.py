@@ -83,12 +83,14 @@ class Phases:
 
     def _verdict(self, key: str, phase: str) -> str:
         """Rank 0 waits for every rank's word. The first error counts; equal errors are told once."""
-        missing, errors = set(range(self._world.size)), {}
+        store = self._world.store
+        assert store is not None
+        missing, errors = set(range(self._world.size)), dict[int, str]()
         started = warned = time.monotonic()
         while missing and not (errors and time.monotonic() - started > 1.0):
             for rank in sorted(missing):
-                if self._world.store.check([f"{key}/{rank}"]):
-                    word = self._world.store.get(f"{key}/{rank}").decode()
+                if store.check([f"{key}/{rank}"]):
+                    word = store.get(f"{key}/{rank}").decode()
                     missing.discard(rank)
                     if word:
                         errors[rank] = word
@@ -158,8 +160,8 @@ def _make_runner(
     world: World, config: EngineConfig, model_config: ModelConfig, groups: Groups, stage: Stage, num_blocks: int
 ) -> Runner:
     memory = pages.allocate(
-        num_blocks, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers, getattr(torch, model_config.dtype),
-        world.device,
+        num_blocks, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers,
+        getattr(torch, model_config.dtype), world.device,
     )
     sampler = Sampler(groups.tp, stage.vocab_starts) if groups.is_last_stage else None
     return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device)

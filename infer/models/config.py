@@ -3,17 +3,14 @@
 import dataclasses
 import difflib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from infer.models.fields import Fields
 
 if TYPE_CHECKING:
     from infer.config import EngineConfig
-
-logger = logging.getLogger("infer.models")
 
 ACTIVATIONS = {  # config.json's hidden_act -> the kind ops.act_and_mul knows
     "silu": "silu",
@@ -155,7 +152,7 @@ def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
         raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
     attention_factor = r.number("attention_factor", 0.0) if kind == "yarn" else 0.0
     return RopeConfig(
-        type=kind,  # type: ignore[arg-type]  # choice() returned one of ROPE_TYPES
+        type=cast(RopeType, kind),
         theta=r.number("rope_theta", 10000.0),
         dim=dim,
         factor=factor,
@@ -268,7 +265,7 @@ def _read_dtype(f: Fields, wanted: str) -> str:
 
 
 def _read_eos(path: Path, f: Fields, overrides: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """End tokens: an override's, else generation_config.json's (what the model's makers generate with), else config's."""
+    """End tokens: an override's, else generation_config.json's (its makers generate with those), else config.json's."""
     file = path / "generation_config.json"
     source = f
     if "eos_token_id" not in overrides and file.exists():

@@ -1,4 +1,4 @@
-"""One pipeline stage of a decoder: some of its layers, with the embedding before the first and the head after the last."""
+"""One pipeline stage of a decoder: some of its layers, the embedding before the first and the head after the last."""
 
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,12 @@ from infer.layers.norm import RMSNorm
 from infer.layers.rotary import Rotary
 from infer.layers.vocab import LMHead, VocabEmbedding
 from infer.models.config import ModelConfig
-from infer.parallel.placement import check_tensor_parallel, split
+from infer.parallel.placement import balanced_layers, check_tensor_parallel, split, split_heads
 
 if TYPE_CHECKING:
     from infer.parallel.groups import Group
+
+__all__ = ["DecoderLayer", "Stage", "balanced_layers"]
 
 
 class DecoderLayer(nn.Module):
@@ -69,9 +71,7 @@ class Stage(nn.Module):
         embedding = VocabEmbedding("model.embed_tokens", c.vocab_size, c.hidden_size, place) if is_first else None
         self.embed: nn.Module = nn.Identity() if embedding is None else embedding
         rotary = Rotary(c.rope, c.max_position, device)
-        self.layers = nn.ModuleList(
-            DecoderLayer(c, layer, local, rotary, place) for local, layer in enumerate(layers)
-        )  # fmt: skip
+        self.layers = nn.ModuleList(DecoderLayer(c, layer, local, rotary, place) for local, layer in enumerate(layers))
         if is_last:
             # Tied weights on two stages are two copies: the last stage then loads its own from the embedding's tensor.
             source = "model.embed_tokens" if c.tie_embeddings else "lm_head"
@@ -81,7 +81,7 @@ class Stage(nn.Module):
         held = split(c.vocab_size, tp.size)
         self.vocab_starts = [interval.start for interval in held] + [c.vocab_size]
         self.vocab_range = (held[tp.index].start, held[tp.index].stop)
-        self.kv_heads = self.layers[0].attention.num_kv
+        self.kv_heads = len(split_heads(c.num_heads, c.num_kv_heads, tp.size)[tp.index].kv)
         self.kv_bytes_per_token = 2 * len(layers) * self.kv_heads * c.head_dim * dtype.itemsize
         self.parameter_bytes = sum(spec.local_numel * dtype.itemsize for _, spec in declared(self))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from infer.launch import RankEnv
 from infer.parallel.topology import Topology
@@ -101,6 +102,7 @@ class Pipe:
             return lambda: self._receive_now(shape, dtype)
         tensor = torch.empty(shape, dtype=dtype)
         work = dist.irecv(tensor, src=self.previous, group=self._group, tag=step % _TAGS)
+        assert work is not None, "this rank belongs to the group"
 
         def wait() -> torch.Tensor:
             work.wait()
@@ -190,7 +192,7 @@ class World:
 
     def __init__(self, env: RankEnv, device: torch.device):
         self.env, self.rank, self.size, self.device = env, env.rank, env.world_size, device
-        self.store: dist.Store | None = None
+        self.store: PrefixStore | None = None
         self._group: dist.ProcessGroup | None = None
         if env.world_size > 1:
             self._join()
@@ -199,10 +201,12 @@ class World:
     def _join(self) -> None:
         env = self.env
         owner = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        base = dist.TCPStore(env.master_addr, env.master_port, is_master=owner, timeout=WORLD_TIMEOUT)
+        base = TCPStore(env.master_addr, env.master_port, is_master=owner, timeout=WORLD_TIMEOUT)
         # A restarted world must not read the addresses of its predecessor: each generation has a prefix of its own.
-        self.store = dist.PrefixStore(f"infer/gen{env.restart_count}", base)
-        dist.init_process_group("gloo", store=self.store, rank=env.rank, world_size=env.world_size, timeout=WORLD_TIMEOUT)
+        self.store = PrefixStore(f"infer/gen{env.restart_count}", base)
+        dist.init_process_group(
+            "gloo", store=self.store, rank=env.rank, world_size=env.world_size, timeout=WORLD_TIMEOUT
+        )
         self._group = dist.new_group(backend="gloo", timeout=WORLD_TIMEOUT)
 
     def _broadcast(self, frame: torch.Tensor) -> None:
@@ -257,7 +261,7 @@ class Groups:
         if tokens is not None and self.is_sampler:
             self.results = Frames(lambda frame: dist.send(frame, dst=0, group=tokens))
         elif tokens is not None and world.rank == 0:
-            self.results = Frames(lambda frame: dist.recv(frame, src=topology.sampler_rank, group=tokens) and None)
+            self.results = Frames(lambda frame: _receive(frame, topology.sampler_rank, tokens))
 
     def warm_up(self) -> "Groups":
         """One small exchange over every group, so that a connection that cannot be made shows here, by name."""
@@ -276,6 +280,10 @@ class Groups:
         for group in self._made:
             dist.destroy_process_group(group)
         self._made.clear()
+
+
+def _receive(frame: torch.Tensor, source: int, group: dist.ProcessGroup) -> None:
+    dist.recv(frame, src=source, group=group)
 
 
 def _one_gpu_each(world: World) -> bool:

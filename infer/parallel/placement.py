@@ -6,6 +6,7 @@ Pure arithmetic, no torch. Nothing has to divide: every split is as even as it c
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def split(total: int, parts: int) -> list[range]:
     """[0, total) in `parts` successive ranges whose lengths differ by at most one, the longer ones first."""
     length, longer = divmod(total, parts)
     starts = [part * length + min(part, longer) for part in range(parts + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(starts)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _explicit_layers(c: "ModelConfig", pp_size: int, partition: tuple[int, ...])
 
 def _successive(counts: list[int]) -> list[range]:
     starts = [sum(counts[:stage]) for stage in range(len(counts) + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(starts)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ class Topology:
     pp_size: int = 1
 
     @classmethod
-    def resolve(cls, world_size: int, tp_size: int | None, pp_size: int, command: str = "infer.serve ...") -> "Topology":
+    def resolve(
+        cls, world_size: int, tp_size: int | None, pp_size: int, command: str = "infer.serve ..."
+    ) -> "Topology":
         """Checks the sizes against torchrun's world. tp_size None is world / pp.
 
         Raises ValueError with a launch line that would work.

@@ -1,0 +1,219 @@
+"""The frontend's end of the link: the connection to the engine and the requests in flight on it. No torch here."""
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+
+from infer.request import Output, Request
+from infer.serve.link import (
+    HEADER,
+    Abort,
+    Bye,
+    Hello,
+    LinkError,
+    Message,
+    Outputs,
+    Progress,
+    Submit,
+    encode_frame,
+    frame_length,
+    frontend_codec,
+)
+from infer.serve.schema import ApiError
+
+# What may wait for a client that reads too slowly: tokens and log-probabilities, some 100 bytes each.
+MAX_PENDING_ENTRIES = 1 << 16
+
+logger = logging.getLogger("infer.frontend")
+
+
+class Job:
+    """One HTTP request's engine requests, and the outputs that its handler has not taken yet.
+
+    requests and token_ids hold everything an engine needs to go on with the job from where it is: each prompt, and the
+    tokens of each (request id, choice) so far.
+    """
+
+    def __init__(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None) -> None:
+        self.requests = {request.request_id: request for request in requests}
+        self.token_ids: dict[tuple[str, int], list[int]] = {}
+        self.open = {request.request_id: set(range(request.params.n)) for request in requests}  # choices still awaited
+        self.running = {request.request_id: request.params.n for request in requests}  # choices the engine works on
+        self.on_overflow = on_overflow
+        self._outputs: list[Output] = []
+        self._num_pending = 0
+        self._failure: ApiError | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, output: Output) -> None:
+        """Takes an output from the engine; those of choices nobody awaits are dropped."""
+        if output.finish_reason is not None:
+            self.running[output.request_id] -= 1
+        choices = self.open[output.request_id]
+        if output.index not in choices:
+            return
+        if output.finish_reason is not None:
+            choices.discard(output.index)
+        self.token_ids.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+        self._outputs.append(output)
+        self._num_pending += _num_entries(output)
+        self._wake.set()
+
+    @property
+    def overflowing(self) -> bool:
+        """Whether the client is so slow that the job must end. Only streams can fall behind."""
+        return self.on_overflow is not None and self._num_pending > MAX_PENDING_ENTRIES
+
+    def fail(self, error: ApiError) -> None:
+        """Makes take() raise once the outputs that came before are taken."""
+        self._failure = error
+        self._wake.set()
+
+    async def take(self) -> list[Output]:
+        """Everything that has come since the last call; waits for at least one output. Raises ApiError."""
+        while not self._outputs:
+            if self._failure is not None:
+                raise self._failure
+            self._wake.clear()
+            await self._wake.wait()
+        outputs, self._outputs, self._num_pending = self._outputs, [], 0
+        return outputs
+
+
+def _num_entries(output: Output) -> int:
+    logprobs = [*(output.logprobs or ()), *(output.prompt_logprobs or ())]
+    return len(output.token_ids) + sum(len(entry.tokens) for entry in logprobs if entry is not None)
+
+
+class EngineClient:
+    """The engine as the HTTP routes see it: whether it is ready, and a way to start, end and drop requests.
+
+    All methods run on the event loop's thread. model_name: what Hello must say, so that a frontend never serves another
+    model's engine.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        self.phase = "waiting for the engine"
+        self.hello: Hello | None = None
+        self.lost = asyncio.Event()  # set once, when an engine that was connected is gone
+        self.lost_reason = ""
+        self._codec = frontend_codec()
+        self._writer: asyncio.StreamWriter | None = None
+        self._jobs: dict[str, Job] = {}
+
+    def ready(self) -> Hello:
+        """The engine's description. Raises ApiError (503) that names the start-up phase while there is none."""
+        if self.hello is None:
+            message = f"the server is not ready: {self.phase}"
+            raise ApiError(503, message, type="service_unavailable", code="not_ready", headers={"Retry-After": "1"})
+        return self.hello
+
+    def start(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None) -> Job:
+        """Hands requests to the engine. on_overflow is called when their reader falls too far behind."""
+        self.ready()
+        job = Job(requests, on_overflow)
+        for request in requests:
+            self._jobs[request.request_id] = job
+            self._send(Submit(request=request))
+        return job
+
+    def drop_choice(self, job: Job, request_id: str, index: int) -> None:
+        """The client has all it wants of this choice. The engine stops when that holds for all choices of the request."""
+        job.open[request_id].discard(index)
+        if not job.open[request_id]:
+            self._end(job, request_id)
+
+    def close(self, job: Job) -> None:
+        """Ends whatever of the job is still running. To be called for every job, however it went."""
+        for request_id in job.requests:
+            self._end(job, request_id)
+
+    def _end(self, job: Job, request_id: str) -> None:
+        if self._jobs.pop(request_id, None) is not None and job.running[request_id] > 0:
+            self._send(Abort(request_id=request_id))
+
+    def _send(self, message: Message) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One engine's connection, from its beginning to its end. A second engine at the same time is turned away."""
+        if not _is_same_user(writer) or self._writer is not None or self.lost.is_set():
+            logger.warning("Refused a second connection to the engine's socket")
+            writer.close()
+            return
+        self._writer = writer
+        reason = "the engine has ended"
+        try:
+            while True:
+                header = await reader.readexactly(HEADER.size)
+                message = self._codec.decode(await reader.readexactly(frame_length(header)))
+                if isinstance(message, Bye):
+                    reason = f"the engine has ended: {message.reason}"
+                else:
+                    self._receive(message)
+        except asyncio.IncompleteReadError:
+            pass  # the end of the connection is the engine's end
+        except OSError as error:
+            reason = f"the engine has ended: {error}"
+        except LinkError as error:
+            reason = f"the engine sent nonsense: {error}"
+            logger.error("The engine sent nonsense: %s", error)
+        finally:
+            self._writer = None
+            writer.close()
+            self.fail_all(reason)
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Outputs():
+                for output in message.items:
+                    self._dispatch(output)
+            case Progress():
+                self.phase = message.phase
+            case Hello():
+                if message.model_name != self.model_name:
+                    raise LinkError(f"it serves {message.model_name!r}, this frontend {self.model_name!r}")
+                self.hello = message
+                self.phase = "ready"
+
+    def _dispatch(self, output: Output) -> None:
+        job = self._jobs.get(output.request_id)
+        if job is None:
+            return  # dropped while this was on its way
+        if not 0 <= output.index < job.requests[output.request_id].params.n:
+            raise LinkError(f"request {output.request_id} has no choice {output.index}")
+        job.put(output)
+        if job.overflowing:
+            logger.warning("A client reads too slowly; its request is ended")
+            assert job.on_overflow is not None
+            job.on_overflow()
+            self.close(job)
+
+    def fail_all(self, reason: str) -> None:
+        """The engine is gone, or the server is ending: every job fails with this reason, and no new one starts."""
+        self.hello = None
+        self.phase = reason
+        for job in set(self._jobs.values()):
+            job.fail(ApiError(503, reason, type="service_unavailable", code="engine_gone"))
+        if not self.lost.is_set():
+            self.lost_reason = reason
+            self.lost.set()
+
+    def say_goodbye(self, reason: str) -> None:
+        """Tells the engine that this process is going to end."""
+        self._send(Bye(reason=reason))
+
+
+def _is_same_user(writer: asyncio.StreamWriter) -> bool:
+    """The socket's directory keeps other users out already; this holds where it has been opened up."""
+    connection = writer.get_extra_info("socket")
+    if connection is None or not hasattr(socket, "SO_PEERCRED"):
+        return True
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid == os.getuid()

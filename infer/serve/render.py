@@ -1,0 +1,242 @@
+"""Engine outputs to OpenAI's JSON: choices, log-probabilities, usage, whole replies and stream chunks. No torch here."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from infer.request import FinishReason, Output, Request, TokenLogprobs
+from infer.serve.schema import ChatBody, CompletionBody
+from infer.serve.text import TextStream, Tokenizer
+
+MIN_LOGPROB = -9999.0  # JSON has no -inf
+
+
+@dataclass
+class Prompt:
+    """One prompt of an HTTP request. text is None where token ids were given and nobody asked for their text."""
+
+    token_ids: list[int]
+    text: str | None = None
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs | None] | None = None  # come with choice 0's first token
+
+
+@dataclass
+class Delta:
+    """What one output adds to a choice: text, and the tokens' log-probabilities where asked for."""
+
+    text: str
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    echo: bool = False  # the prompt's text and log-probabilities go before
+
+
+class Choice:
+    """One choice on its way: its text, why it ended, and what a whole reply needs of it."""
+
+    def __init__(self, index: int, prompt: Prompt, request: Request, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.prompt = prompt
+        self.stream = TextStream(tokenizer, request.params, request.prompt_token_ids)
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.num_chunks = 0
+        self.offset = 0  # characters of the tokens reported so far, for text_offset
+
+    def accept(self, output: Output) -> Delta:
+        """Adds an output. finish_reason is set afterwards if the choice is over for the client."""
+        before = self.stream.num_tokens
+        text = self.stream.append(output.token_ids, stopped=output.finish_reason is FinishReason.STOP)
+        if output.finish_reason is not None:
+            text += self.stream.finish()
+        logprobs = (output.logprobs or [])[: self.stream.num_tokens - before]
+        self.logprobs += logprobs
+        if self.stream.stop_reason is not None:
+            self.finish_reason, self.stop_reason = "stop", self.stream.stop_reason
+        elif output.finish_reason is not None:
+            self.finish_reason, self.stop_reason = str(output.finish_reason), output.stop_reason
+        return Delta(text, logprobs)
+
+
+def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any]:
+    """Every prompt counts once, whatever n is."""
+    num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
+    num_completion = sum(choice.stream.num_tokens for choice in choices)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": sum(prompt.num_cached_tokens for prompt in prompts)},
+    }
+
+
+def _distinct(entry: TokenLogprobs) -> Iterator[tuple[int, float, int]]:
+    """(token, logprob, rank), the drawn token first; it may stand among the most likely ones again."""
+    seen: set[int] = set()
+    for token, logprob, rank in zip(entry.tokens, entry.logprobs, entry.ranks, strict=True):
+        if token not in seen:
+            seen.add(token)
+            yield token, max(logprob, MIN_LOGPROB), rank
+
+
+class Reply:
+    """What the two routes share. Subclasses say how a choice looks, whole and as a chunk."""
+
+    id_prefix: str
+    object_name: str
+    chunk_object_name: str
+
+    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer) -> None:
+        self._id = reply_id
+        self._model = model
+        self._tokenizer = tokenizer
+        self._created = int(time.time())
+
+    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
+        """The body of a reply that is not streamed."""
+        shown = [self.whole_choice(choice) for choice in choices]
+        return {**self._head(self.object_name), "choices": shown, "usage": used}
+
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        """One event of a stream; None where there is nothing to say yet."""
+        shown = self.chunk_choice(choice, delta)
+        if shown is None:
+            return None
+        choice.num_chunks += 1
+        return {**self._head(self.chunk_object_name), "choices": [shown]}
+
+    def usage_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
+        """The last event of a stream with include_usage."""
+        return {**self._head(self.chunk_object_name), "choices": [], "usage": used}
+
+    def _head(self, object_name: str) -> dict[str, Any]:
+        return {"id": self._id, "object": object_name, "created": self._created, "model": self._model}
+
+    def whole_choice(self, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def prompt_logprobs(self, prompt: Prompt) -> list[dict[str, Any] | None]:
+        """One entry a prompt token: token id -> its log-probability, rank and text; None for the first token."""
+        return [
+            None if entry is None else {
+                str(token): {"logprob": logprob, "rank": rank, "decoded_token": self._tokenizer.token(token)}
+                for token, logprob, rank in _distinct(entry)
+            }
+            for entry in prompt.logprobs or []
+        ]  # fmt: skip
+
+
+class CompletionReply(Reply):
+    """/v1/completions."""
+
+    id_prefix = "cmpl-"
+    object_name = "text_completion"
+    chunk_object_name = "text_completion"
+
+    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, body: CompletionBody) -> None:
+        super().__init__(reply_id, model, tokenizer)
+        self._with_logprobs = body.logprobs is not None
+        self._with_prompt_logprobs = body.prompt_logprobs is not None
+        self._echo = body.echo
+
+    def whole_choice(self, choice: Choice) -> dict[str, Any]:
+        shown = self._choice(choice, Delta(choice.stream.text, choice.logprobs, echo=self._echo))
+        if self._with_prompt_logprobs:
+            shown["prompt_logprobs"] = self.prompt_logprobs(choice.prompt)
+        return shown
+
+    def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        delta.echo = self._echo and choice.num_chunks == 0
+        if not delta.text and not delta.logprobs and not delta.echo and choice.finish_reason is None:
+            return None
+        return self._choice(choice, delta)
+
+    def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "text": (choice.prompt.text or "") + delta.text if delta.echo else delta.text,
+            "logprobs": self._logprobs(choice, delta) if self._with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _logprobs(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        entries: list[tuple[int, TokenLogprobs | None]] = []
+        if delta.echo:
+            entries += zip(choice.prompt.token_ids, choice.prompt.logprobs or [], strict=True)
+        entries += ((entry.tokens[0], entry) for entry in delta.logprobs)
+        tokens, offsets = [], []
+        for token_id, _ in entries:
+            tokens.append(self._tokenizer.token(token_id))
+            offsets.append(choice.offset)
+            choice.offset += len(tokens[-1])
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if entry is None else max(entry.logprobs[0], MIN_LOGPROB) for _, entry in entries],
+            "top_logprobs": [None if entry is None else self._alternatives(entry) for _, entry in entries],
+            "text_offset": offsets,
+        }
+
+    def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
+        shown: dict[str, float] = {}
+        for token, logprob, _ in _distinct(entry):
+            shown.setdefault(self._tokenizer.token(token), logprob)  # of tokens that look alike, the likelier one
+        return shown
+
+
+class ChatReply(Reply):
+    """/v1/chat/completions."""
+
+    id_prefix = "chatcmpl-"
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
+
+    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, body: ChatBody) -> None:
+        super().__init__(reply_id, model, tokenizer)
+        self._with_logprobs = body.logprobs
+        self._num_top = body.top_logprobs or 0
+        self._with_prompt_logprobs = body.prompt_logprobs is not None
+
+    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
+        reply = super().whole(choices, used)
+        if self._with_prompt_logprobs:
+            reply["prompt_logprobs"] = self.prompt_logprobs(choices[0].prompt)
+        return reply
+
+    def whole_choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.stream.text, "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs) if self._with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        first = choice.num_chunks == 0
+        if not delta.text and not delta.logprobs and not first and choice.finish_reason is None:
+            return None
+        return {
+            "index": choice.index,
+            "delta": ({"role": "assistant"} if first else {}) | ({"content": delta.text} if delta.text or first else {}),
+            "logprobs": self._logprobs(delta.logprobs) if self._with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        return {"content": [self._token(entry) for entry in entries], "refusal": None}
+
+    def _token(self, entry: TokenLogprobs) -> dict[str, Any]:
+        rows = list(_distinct(entry))
+        likeliest = sorted(rows, key=lambda row: row[2])[: self._num_top]  # by rank; stable
+        return {**self._spelled(rows[0]), "top_logprobs": [self._spelled(row) for row in likeliest]}
+
+    def _spelled(self, row: tuple[int, float, int]) -> dict[str, Any]:
+        token, logprob, _ = row
+        spelled = self._tokenizer.token_bytes(token)
+        return {"token": spelled.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelled)}

@@ -1,0 +1,178 @@
+"""Small random checkpoints in float32, one of each family, and what transformers makes of them.
+
+A checkpoint is what a Hugging Face directory holds: config.json, safetensors, a byte-level BPE tokenizer whose
+vocabulary is the model's. Their sizes divide by nothing on purpose.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB_SIZE = 1009
+BOS, EOS = 0, 1
+MAX_POSITION = 512
+WINDOW = 24
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": MAX_POSITION,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "initializer_range": 0.2,  # large, so that the most likely token leads clearly
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """family: the prefix of transformers' classes. max_shard_size: over several files where given."""
+
+    family: str
+    config: dict[str, Any]
+    max_shard_size: str | None = None
+
+
+RECIPES = {
+    "llama": Recipe(
+        "Llama",
+        {
+            "hidden_size": 72, "num_hidden_layers": 5, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "intermediate_size": 101, "tie_word_embeddings": True,
+        },
+    ),
+    "llama31": Recipe(
+        "Llama",
+        {
+            "hidden_size": 80, "num_hidden_layers": 6, "num_attention_heads": 5, "num_key_value_heads": 1,
+            "intermediate_size": 130, "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            },
+        },
+        max_shard_size="300KB",
+    ),
+    "mistral": Recipe(
+        "Mistral",
+        {
+            "hidden_size": 72, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "intermediate_size": 96, "tie_word_embeddings": False, "sliding_window": WINDOW,
+        },
+    ),
+    "qwen2": Recipe(
+        "Qwen2",
+        {
+            "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 89, "tie_word_embeddings": True, "use_sliding_window": False,
+        },
+    ),
+    "qwen3": Recipe(
+        "Qwen3",
+        {
+            "hidden_size": 60, "num_hidden_layers": 6, "num_attention_heads": 7, "num_key_value_heads": 7,
+            "head_dim": 16, "intermediate_size": 75, "tie_word_embeddings": False,
+        },
+    ),
+}  # fmt: skip
+
+
+def build_checkpoint(name: str, path: Path) -> Path:
+    """Writes the checkpoint of that name to a directory. The same name always gives the same weights."""
+    import torch
+    import transformers
+
+    recipe = RECIPES[name]
+    config = getattr(transformers, f"{recipe.family}Config")(**_COMMON, **recipe.config)
+    torch.manual_seed(list(RECIPES).index(name))
+    model = getattr(transformers, f"{recipe.family}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):  # zeros, of which nobody would miss the addition
+                parameter.normal_(0.0, 0.5)
+            elif "norm" in parameter_name:
+                parameter.normal_(1.0, 0.2)
+    shards = {"max_shard_size": recipe.max_shard_size} if recipe.max_shard_size else {}
+    model.save_pretrained(path, **shards)
+    write_tokenizer(path)
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens: 3 special ones, 256 bytes, then pairs of characters."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<|begin|>", "<|end|>", "<|pad|>"]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pairs = [(a, b) for a in letters for b in letters] + [("\u0120", b) for b in letters]  # U+0120 writes a blank
+    pairs += [(a, b) for a in letters.upper() for b in letters]
+    pieces = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = pairs[: VOCAB_SIZE - len(pieces)]
+    pieces += [a + b for a, b in pairs]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"bos_token": special[0], "eos_token": special[1], "tokenizer_class": "PreTrainedTokenizerFast"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_prompts(vocab_size: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    """Random prompts of these lengths, without special tokens."""
+    rng = np.random.default_rng(sum(lengths))
+    return [rng.integers(3, vocab_size, length).tolist() for length in lengths]
+
+
+@dataclass
+class Sequence:
+    """A prompt with a continuation, and the reference's view of it.
+
+    logprobs [len(tokens) - 1, vocab] float32: row i is the distribution of tokens[i + 1].
+    """
+
+    prompt: list[int]
+    token_ids: list[int]
+    logprobs: np.ndarray
+
+    def rows(self) -> np.ndarray:
+        """The rows that predict the continuation."""
+        return self.logprobs[len(self.prompt) - 1 :]
+
+
+class Reference:
+    """A checkpoint in transformers, float32, without a KV cache's shortcuts in what is reported."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    @cache  # noqa: B019 - lives as long as the session, as does the reference
+    def _model(self) -> Callable[..., Any]:
+        import torch
+        import transformers
+
+        return transformers.AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32).eval()
+
+    def greedy(self, prompt: list[int], num_tokens: int) -> Sequence:
+        """The most likely continuation of num_tokens tokens."""
+        import torch
+
+        model, past, ids, tokens = self._model(), None, torch.tensor([prompt]), []
+        with torch.inference_mode():
+            for _ in range(num_tokens):
+                out = model(ids, past_key_values=past, use_cache=True)
+                past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                tokens.append(int(ids))
+        return self.score(prompt, tokens)
+
+    def score(self, prompt: list[int], token_ids: list[int]) -> Sequence:
+        """The reference's log-probabilities along a given continuation, from one forward pass over all of it."""
+        import torch
+
+        with torch.inference_mode():
+            logits = self._model()(torch.tensor([prompt + token_ids[:-1]]), use_cache=False).logits[0]
+            return Sequence(prompt, token_ids, logits.float().log_softmax(-1).numpy())
