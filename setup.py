@@ -55,12 +55,14 @@ def native_build() -> dict:
 
     # at::parallel_for is a header: without OpenMP in this build too, it silently runs on one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    # Vectors are passed to inlined functions only, so that their calling convention does not matter; GCC 12 warns of
+    # its own intrinsics.
+    quiet = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
     kernels = CppExtension(
         "infer._kernels",
         sorted(glob("kernels/cpu/*.cpp")),
         depends=sorted(glob("kernels/cpu/*.h")),
-        # -Wno-psabi: vectors are passed to inlined functions only, so that their calling convention does not matter.
-        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", *openmp],
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", *openmp, *quiet],
         extra_link_args=openmp,
         optional=True,
     )

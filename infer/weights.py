@@ -39,7 +39,8 @@ class Checkpoint:
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
         self._names: dict[str, set[str]] = {}  # file -> its tensors
-        self._file_of = self._find_tensors()
+        self._listing = self._find_listing()
+        self._file_of = self._read_index() if self._listing == INDEX else self._all_in(self._listing)
 
     def check(self, source: Source) -> None:
         """Whether the tensor is there, with the declared shape and a dtype we read. Reads headers only."""
@@ -72,26 +73,25 @@ class Checkpoint:
         """Every tensor the checkpoint says it holds."""
         return set(self._file_of)
 
-    def close(self) -> None:
-        """Unmaps the files."""
-        self._open.clear()
-
-    def _find_tensors(self) -> dict[str, str]:
-        """Tensor name -> file name: from the single file, or else from the index."""
-        if (self.path / SINGLE).exists():
-            return dict.fromkeys(self._tensors_of(SINGLE), SINGLE)
-        if (self.path / INDEX).exists():
-            return self._read_index()
+    def _find_listing(self) -> str:
+        """The file that says which tensors there are: the only safetensors file, or the index."""
+        for file in (SINGLE, INDEX):
+            if (self.path / file).exists():
+                return file
         files = sorted(file.name for file in self.path.glob("*.safetensors"))
         if len(files) == 1:
-            return dict.fromkeys(self._tensors_of(files[0]), files[0])
+            return files[0]
         if files:
             raise ValueError(f"{self.path} has {len(files)} safetensors files but no {INDEX} that says what is where")
         others = sorted(f.name for ending in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in self.path.glob(ending))
         found = f"; {', '.join(others[:3])} cannot be used, only safetensors can" if others else ""
         raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}{found}")
 
+    def _all_in(self, file: str) -> dict[str, str]:
+        return dict.fromkeys(self._tensors_of(file), file)
+
     def _read_index(self) -> dict[str, str]:
+        """Tensor name -> file name."""
         file = self.path / INDEX
         weight_map = read_json(file).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -117,10 +117,7 @@ class Checkpoint:
             hint = "; if it shares the embedding's, say so with --hf-overrides '{\"tie_word_embeddings\": true}'"
         elif near := difflib.get_close_matches(name, self._file_of, n=1):
             hint = f"; the nearest name is {near[0]}"
-        where = self.path / (SINGLE if len(set(self._file_of.values())) == 1 else INDEX)
-        if not where.exists():
-            where = self.path
-        raise ValueError(f"{where}: tensor {name} is missing{hint}")
+        raise ValueError(f"{self.path / self._listing}: tensor {name} is missing{hint}")
 
     def _slice(self, file: str, name: str) -> Any:
         if name not in self._tensors_of(file):

@@ -1,10 +1,13 @@
 """Fixtures that several test modules share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import layout_jobs
 import pytest
 from checkpoints import RECIPES, Reference, build_checkpoint
-from worlds import ROOT
+from world_scripts.jobs import JobResult
+from worlds import ROOT, run_jobs
 
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
@@ -27,3 +30,24 @@ def default_model_dir() -> Path:
 def references(checkpoint_dirs, default_model_dir) -> dict[str, Reference]:
     """transformers' view of every checkpoint by name; loaded when first asked."""
     return {name: Reference(path) for name, path in {**checkpoint_dirs, "smollm2": default_model_dir}.items()}
+
+
+@pytest.fixture(scope="session")
+def layout_results(checkpoint_dirs, default_model_dir, tmp_path_factory) -> Callable[[int, int], dict[str, JobResult]]:
+    """(tp, pp) -> the results of `layout_jobs.jobs` in a torchrun world of tp x pp ranks, which runs once a session."""
+    directories = {**checkpoint_dirs, "smollm2": default_model_dir}
+    found: dict[tuple[int, int], dict[str, JobResult] | Exception] = {}
+
+    def run(tp: int, pp: int) -> dict[str, JobResult]:
+        if (tp, pp) not in found:
+            root = tmp_path_factory.mktemp(f"tp{tp}-pp{pp}")
+            try:
+                found[tp, pp] = run_jobs(layout_jobs.jobs(tp, pp, directories), root, ranks=tp * pp, timeout=240)
+            except Exception as error:
+                found[tp, pp] = error  # the world is not run again for each test
+        result = found[tp, pp]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return run

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from world_scripts.jobs import Job, JobResult, read_results, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(__file__).resolve().parent / "world_scripts"
 MARK = "INFER_TEST_WORLD"  # in the environment of every process of a world, whatever its session or parent
@@ -121,6 +123,15 @@ def run_world(
     if not in_time:
         raise WorldTimeout(f"{' '.join(command)} did not end within {timeout:g} s\n{result.report()}")
     return result
+
+
+def run_jobs(jobs: list[Job], directory: Path, *, ranks: int, timeout: float, torchrun: bool = True) -> dict[str, JobResult]:
+    """Runs jobs in one world that must end well; their results by name."""
+    asked, answered = str(directory / "jobs.json"), str(directory / "results.json")
+    write_json(asked, jobs)
+    result = run_world(SCRIPTS / "run_jobs.py", asked, answered, ranks=ranks, timeout=timeout, torchrun=torchrun)
+    assert result.returncode == 0, result.report()
+    return read_results(answered)
 
 
 def _rendezvous(standalone: bool) -> list[str]:

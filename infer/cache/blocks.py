@@ -54,6 +54,10 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def known(self, hashes: Sequence[bytes]) -> list[int]:
+        """The cached blocks among these hashes, wherever in their chain. Takes no reference."""
+        return [self._block_of[key] for key in hashes if key in self._block_of]
+
     def num_free_among(self, blocks: Sequence[int]) -> int:
         """How many of these blocks are free now, and so would leave the free list when taken."""
         return sum(self._references[block] == 0 for block in blocks)

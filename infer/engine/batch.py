@@ -98,14 +98,20 @@ def encode_control(kind: Kind, generation: int, payload: Any = None) -> np.ndarr
     return _message(kind, generation, 0, [0, 0, 0, 0], 0, [], b"" if payload is None else _encode(payload))
 
 
-def decode(words: np.ndarray, generation: int) -> tuple[Kind, Batch | Any]:
-    """The kind of a message and its batch (STEP) or payload. Raises ValueError on anything malformed or of another
-    generation of ranks."""
+def kind_of(words: np.ndarray, generation: int) -> Kind:
+    """The kind of a message. Raises ValueError unless it is whole and of this generation of ranks."""
     if len(words) < _HEADER or words[0] != MAGIC or words[1] != VERSION or words[11] != len(words):
         raise ValueError(f"not a version {VERSION} message: {len(words)} words, header {words[:_HEADER].tolist()}")
     if words[2] != generation:
         raise ValueError(f"a message of generation {int(words[2])} reached generation {generation}")
-    kind, step, report, num_bytes = Kind(int(words[4])), int(words[3]), bool(words[9]), int(words[10])
+    return Kind(int(words[4]))
+
+
+def decode(words: np.ndarray, generation: int) -> tuple[Kind, Batch | Any]:
+    """The kind of a message and its batch (STEP) or payload. Raises ValueError on anything malformed or of another
+    generation of ranks."""
+    kind = kind_of(words, generation)
+    step, report, num_bytes = int(words[3]), bool(words[9]), int(words[10])
     counts = [int(n) for n in words[5:9]]
     sizes = [counts[0] * COLUMNS, *counts[1:]]
     if min(*counts, num_bytes) < 0 or _HEADER + sum(sizes) + -(-num_bytes // 4) != len(words):
@@ -133,8 +139,7 @@ def encode_result(result: StepResult, generation: int) -> np.ndarray:
 
 def decode_result(words: np.ndarray, generation: int) -> StepResult:
     """The result in a message. Raises ValueError as `decode` does."""
-    if len(words) < _HEADER or words[0] != MAGIC or words[2] != generation or words[11] != len(words):
-        raise ValueError(f"not a result of generation {generation}: header {words[:_HEADER].tolist()}")
+    kind_of(words, generation)
     count, num_bytes = int(words[6]), int(words[10])
     tokens = words[_HEADER : _HEADER + count].tolist()
     payload = words[_HEADER + count :].tobytes()[:num_bytes]

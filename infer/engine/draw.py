@@ -95,7 +95,7 @@ def perturbed_max(logits: Tensor, temperatures: Tensor, keys: Tensor, token_coun
         size = rows.stop - first
         torch.add(keys[rows, None], token_counters, out=state[:size])
         log_exponential(state[:size], scratch[:size], noise[:size])
-        value, column = noise[:size].mul_(-temperatures[rows, None]).add_(logits[rows]).max(-1)
+        value, column = noise[:size].mul_(-temperatures[rows, None]).add_(logits[rows].float()).max(-1)
         values.append(value)
         columns.append(column)
     return torch.cat(values), torch.cat(columns)
@@ -123,10 +123,13 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _lowest_of_equals(logits: Tensor, values: Tensor, columns: Tensor, last: Tensor) -> Tensor:
     """`columns` with the entries whose value is `last` [rows, 1] replaced by the lowest columns of that value."""
     open_slots = values == last
-    equal = logits == last
-    chosen = equal & (equal.cumsum(-1) <= open_slots.sum(-1, keepdim=True))
+    needed = open_slots.sum(-1, keepdim=True)
+    most, width = int(needed.max()), logits.shape[-1]
+    from_end = torch.arange(width, 0, -1, dtype=torch.int32, device=logits.device)
+    lowest = width - torch.where(logits == last, from_end, 0).topk(most, dim=-1).values
     columns = columns.clone()
-    columns[open_slots] = chosen.nonzero()[:, 1]  # both in row-major order, equally many in each row
+    # Both masks are read in row-major order and have `needed` entries in each row.
+    columns[open_slots] = lowest[torch.arange(most, device=logits.device) < needed].long()
     return columns
 
 
@@ -194,11 +197,11 @@ def draw(values: Tensor, ids: Tensor, draws: Draws, mass: Tensor, whole: bool) -
 
 
 def surviving_mass(logits: Tensor, draws: Draws) -> Tensor:
-    """The sum over a row of exp((logit - largest) / temperature) of what min_p leaves: float64 [rows].
+    """The sum over a float32 row of exp((logit - largest) / temperature) of what min_p leaves: float64 [rows].
 
     inf where top_k is on, whose survivors only a longer list of candidates can tell.
     """
-    scaled = (logits - logits.amax(-1, keepdim=True).float()).div_(draws.temperature[:, None])
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(draws.temperature[:, None])
     if bool((draws.log_min_p > -math.inf).any()):
         scaled.masked_fill_(scaled < draws.log_min_p[:, None], -math.inf)
     mass = scaled.exp_().sum(-1, dtype=torch.float64)
@@ -210,7 +213,7 @@ def draw_from_rows(logits: Tensor, draws: Draws) -> Tensor:
 
     Tries the largest few hundred first, and sorts only the rows whose probability is spread wider than that.
     """
-    vocab_size = logits.shape[-1]
+    logits, vocab_size = logits.float(), logits.shape[-1]
     tokens = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
     mass = torch.full((len(logits),), math.inf, dtype=torch.float64, device=logits.device)
     nucleus = ((draws.top_p < math.inf) & (draws.top_k == vocab_size)).nonzero().squeeze(-1)

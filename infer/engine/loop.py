@@ -42,6 +42,7 @@ class Courier:
         self._world = world
         self._generation = world.env.restart_count
         self._outbox: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self.idle_seconds = IDLE_SECONDS
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
         if world.size > 1:
@@ -64,7 +65,7 @@ class Courier:
         try:
             while True:
                 try:
-                    words = self._outbox.get(timeout=IDLE_SECONDS)
+                    words = self._outbox.get(timeout=self.idle_seconds)
                 except queue.Empty:
                     words = messages.encode_control(Kind.IDLE, self._generation)
                 if words is None:
@@ -91,6 +92,7 @@ class Engine:
                  is_server: bool = False, progress: Callable[[str], None] | None = None):  # fmt: skip
         topology = Topology.resolve(world.size, config.tensor_parallel_size, config.pipeline_parallel_size)
         self._world, self._courier, self._topology = world, courier, topology
+        courier.idle_seconds = min(IDLE_SECONDS, config.distributed_timeout_seconds / 4)
         self._name = f"engine{number}"
         courier.send(Kind.BUILD, {"config": encode_config(config), "name": self._name, "is_server": is_server})
         phases = Phases(world, self._name, is_server, progress)
@@ -168,9 +170,11 @@ class Engine:
         try:
             while True:
                 words = frames.receive().numpy()
-                if words[4] == Kind.CLOSE:
+                kind = messages.kind_of(words, generation)
+                if kind == Kind.CLOSE:
                     return
-                self._results.put(messages.decode_result(words, generation))
+                if kind == Kind.STEP:
+                    self._results.put(messages.decode_result(words, generation))
         except (RuntimeError, ValueError) as error:
             self._results.put(error)
 
@@ -227,10 +231,18 @@ class Follower:
                 return
             if kind == Kind.STEP:
                 self._step(payload)
+            elif kind == Kind.IDLE:
+                self._answer(Kind.IDLE)
             elif kind == Kind.BUILD:
                 self._build(payload)
             elif kind == Kind.CLOSE:
                 self._close()
+
+    def _answer(self, kind: Kind) -> None:
+        """Sends a message without a result to rank 0, which always waits for one from the sampling rank."""
+        if self._built is not None and self._built.groups.results is not None:
+            words = messages.encode_control(kind, self._generation)
+            self._built.groups.results.send(torch.from_numpy(words))
 
     def _receive(self) -> None:
         """Always has a receive posted, so that rank 0 never waits for this rank's computing."""
@@ -269,13 +281,10 @@ class Follower:
             self._world.store.set(key, f"{built.runner.busy_seconds:.6f}")
 
     def _close(self) -> None:
-        built, self._built = self._built, None
-        if built is None:
-            return
-        if built.groups.results is not None:
-            closing = messages.encode_control(Kind.CLOSE, self._generation)
-            built.groups.results.send(torch.from_numpy(closing))
-        built.groups.close()
+        self._answer(Kind.CLOSE)
+        if self._built is not None:
+            self._built.groups.close()
+            self._built = None
 
 
 def _is_connection_loss(error: RuntimeError) -> bool:

@@ -14,6 +14,7 @@ for the noise and for why sums and ties are safe).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -52,12 +53,12 @@ class Sampler:
     def __init__(self, tp: Group, vocab_starts: list[int]):
         """vocab_starts: rank i holds the token ids [vocab_starts[i], vocab_starts[i + 1]); the last is the vocabulary's
         size. Raises ValueError if some rank would hold none."""
-        rising = all(a < b for a, b in zip(vocab_starts, vocab_starts[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(vocab_starts))
         if len(vocab_starts) != tp.size + 1 or vocab_starts[0] != 0 or not rising:
             raise ValueError(f"vocab_starts must be {tp.size + 1} rising integers from 0, not {vocab_starts}")
         self.tp = tp
         self.vocab_size = vocab_starts[-1]
-        self.widths = [b - a for a, b in zip(vocab_starts, vocab_starts[1:], strict=False)]
+        self.widths = [b - a for a, b in pairwise(vocab_starts)]
         self.start, self.width = vocab_starts[tp.index], self.widths[tp.index]
         self._counters: dict[tuple[int, int, torch.device], Tensor] = {}
 
@@ -106,7 +107,8 @@ class Sampler:
         candidates = self._gather_candidates(values[:, None], ids[:, None], [1] * self.tp.size)
         if candidates is None:
             return None
-        values, place = candidates[0].max(-1)  # shards stand in the order of their ids: the first of equals is the lowest
+        # Shards stand in the order of their ids, and max finds the first of equals: the lowest id.
+        values, place = candidates[0].max(-1)
         return candidates[1].gather(-1, place[:, None]).squeeze(-1).masked_fill_(~values.isfinite(), -1)
 
     def _best(self, logits: Tensor, rows: list[SampleRow], start: int) -> tuple[Tensor, Tensor]:
@@ -221,7 +223,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, k: list[int]) -> list[TokenL
     log_total = top.double() + (logits - top).exp_().sum(-1, keepdim=True, dtype=torch.float64).log_()
     at_target = logits.gather(-1, targets[:, None])
     lower = torch.arange(vocab_size, device=logits.device) < targets[:, None]
-    ahead = torch.count_nonzero((logits > at_target) | ((logits == at_target) & lower), dim=-1)
+    ahead = ((logits > at_target) | ((logits == at_target) & lower)).sum(-1, dtype=torch.int32)
     values, ids = largest(logits, max(k)) if max(k) > 0 else (at_target[:, :0], targets[:, None][:, :0])
 
     tokens = torch.cat([targets[:, None], ids], dim=-1).tolist()

@@ -229,7 +229,9 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks to start from. At least one token is left to compute: a step is needed to draw the next."""
-        if not self.enable_prefix_caching or (sequence.wants_prompt_logprobs and not sequence.started):
+        # Prompt log-probabilities are reported by the step that computes a position, so none may be skipped before the
+        # first token (with which they are told), not even by a resume after preemption.
+        if not self.enable_prefix_caching or (sequence.wants_prompt_logprobs and not sequence.num_generated):
             return []
         size = self.pool.block_size
         hits = self.pool.cached(self._hashes(sequence, len(sequence.tokens) // size))
@@ -367,7 +369,9 @@ class Scheduler:
         return output
 
     def _fail(self, sequence: Sequence) -> Output:
+        # Of what it computed, its table holds nothing any more if it was preempted meanwhile: ask by content as well.
         self.pool.forget(sequence.block_table)
+        self.pool.forget(self.pool.known(sequence.hashes))
         self._end(sequence)
         return Output(
             request_id=sequence.request.request_id,

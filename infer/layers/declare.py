@@ -33,12 +33,13 @@ class Layer(nn.Module):
         self.specs: dict[str, WeightSpec] = {}
 
     def declare(self, name: str, spec: WeightSpec, place: Placement) -> nn.Parameter:
-        """Allocates the part of a parameter that this rank holds, and only that; its values are undefined."""
-        data = torch.empty(spec.local_shape, dtype=place.dtype, device=place.device)
-        parameter = nn.Parameter(data, requires_grad=False)
-        self.register_parameter(name, parameter)
+        """Allocates the part of a parameter that this rank holds, and only that; its values are undefined.
+
+        To be assigned to the attribute of that name: `self.weight = self.declare("weight", spec, place)`.
+        """
         self.specs[name] = spec
-        return parameter
+        data = torch.empty(spec.local_shape, dtype=place.dtype, device=place.device)
+        return nn.Parameter(data, requires_grad=False)
 
 
 def declared(module: nn.Module) -> Iterator[tuple[Tensor, WeightSpec]]:

@@ -30,10 +30,8 @@ class ColumnLinear(Layer):
         columns = range(in_features)
         weight = [Source(f"{p.source}.weight", (p.total, in_features), (p.held, columns)) for p in parts]
         self.weight = self.declare("weight", WeightSpec(tuple(weight)), place)
-        self.bias = None
-        if bias:
-            biases = [Source(f"{p.source}.bias", (p.total,), (p.held,)) for p in parts]
-            self.bias = self.declare("bias", WeightSpec(tuple(biases)), place)
+        biases = [Source(f"{p.source}.bias", (p.total,), (p.held,)) for p in parts]
+        self.bias = self.declare("bias", WeightSpec(tuple(biases)), place) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -51,10 +49,9 @@ class RowLinear(Layer):
         self.tp = place.tp
         weight = Source(f"{source}.weight", (out_features, total), (range(out_features), held))
         self.weight = self.declare("weight", WeightSpec((weight,)), place)
-        self.bias = None
-        if bias and place.tp.index == 0:
-            whole = Source(f"{source}.bias", (out_features,), (range(out_features),))
-            self.bias = self.declare("bias", WeightSpec((whole,)), place)
+        whole = Source(f"{source}.bias", (out_features,), (range(out_features),))
+        adds_bias = bias and place.tp.index == 0
+        self.bias = self.declare("bias", WeightSpec((whole,)), place) if adds_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tp.all_reduce(ops.linear(x, self.weight, self.bias))

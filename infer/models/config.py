@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -20,7 +21,6 @@ ACTIVATIONS = {  # config.json's hidden_act -> the kind ops.act_and_mul knows
     "gelu_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DTYPES = ("bfloat16", "float16", "float32")
 
 RopeType = Literal["default", "linear", "llama3", "yarn"]
@@ -139,33 +139,58 @@ def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
     r = f.section("rope_parameters")
     nested = [name for name, value in r.data.items() if isinstance(value, dict)]
     if nested:
-        raise f.error("rope_parameters", f"differ by layer ({', '.join(nested)}), which is not supported")
-    kind = r.choice("rope_type", ROPE_TYPES, "default")
-    scaled = kind in ("llama3", "yarn")
-    # A length beside the section, as some checkpoints have it, is meant to win over the one inside.
-    original = f.int("original_max_position_embeddings", 0) or r.int("original_max_position_embeddings", max_position)
-    factor = r.number("factor") if kind in ("linear", "llama3") else 1.0
-    if kind == "yarn":
-        factor = r.number("factor", max_position / original)
+        raise f.error("rope_parameters", f"must not differ by layer ({', '.join(nested)}); that is not supported")
+    kind = cast(RopeType, r.choice("rope_type", tuple(ROPE_TYPES), "default"))
     dim = int(head_dim * r.number("partial_rotary_factor", 1.0))
     if dim % 2 or not 0 < dim <= head_dim:
         raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
-    attention_factor = r.number("attention_factor", 0.0) if kind == "yarn" else 0.0
-    return RopeConfig(
-        type=cast(RopeType, kind),
-        theta=r.number("rope_theta", 10000.0),
-        dim=dim,
-        factor=factor,
-        original_max_position=original if scaled else 0,
-        low_freq_factor=r.number("low_freq_factor") if kind == "llama3" else 1.0,
-        high_freq_factor=r.number("high_freq_factor") if kind == "llama3" else 1.0,
-        beta_fast=r.number("beta_fast", 32.0) if kind == "yarn" else 32.0,
-        beta_slow=r.number("beta_slow", 1.0) if kind == "yarn" else 1.0,
-        attention_factor=attention_factor or None,
-        mscale=r.number("mscale", 0.0) if kind == "yarn" else 0.0,
-        mscale_all_dim=r.number("mscale_all_dim", 0.0) if kind == "yarn" else 0.0,
-        truncate=r.flag("truncate", True) if kind == "yarn" else True,
-    )
+    scaling = ROPE_TYPES[kind](f, r, max_position)
+    return RopeConfig(type=kind, theta=r.number("rope_theta", 10000.0), dim=dim, **scaling)
+
+
+def _original_max_position(f: Fields, r: Fields, max_position: int) -> int:
+    """The length before scaling. One beside the rotary section, as some checkpoints have it, wins over one inside."""
+    inside = r.int("original_max_position_embeddings", max_position)
+    return f.int("original_max_position_embeddings", inside)
+
+
+def _default_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
+    return {}
+
+
+def _linear_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
+    return {"factor": r.number("factor")}
+
+
+def _llama3_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
+    return {
+        "factor": r.number("factor"),
+        "low_freq_factor": r.number("low_freq_factor"),
+        "high_freq_factor": r.number("high_freq_factor"),
+        "original_max_position": _original_max_position(f, r, max_position),
+    }
+
+
+def _yarn_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
+    original = _original_max_position(f, r, max_position)
+    return {
+        "factor": r.number("factor", max_position / original),
+        "beta_fast": r.number("beta_fast", 32.0),
+        "beta_slow": r.number("beta_slow", 1.0),
+        "attention_factor": r.number("attention_factor", 0.0) or None,
+        "mscale": r.number("mscale", 0.0),
+        "mscale_all_dim": r.number("mscale_all_dim", 0.0),
+        "truncate": r.flag("truncate", True),
+        "original_max_position": original,
+    }
+
+
+ROPE_TYPES: dict[str, Callable[[Fields, Fields, int], dict[str, Any]]] = {
+    "default": _default_scaling,
+    "linear": _linear_scaling,
+    "llama3": _llama3_scaling,
+    "yarn": _yarn_scaling,
+}
 
 
 def architecture_of(f: Fields) -> str:
@@ -187,8 +212,8 @@ def load_model_config(path: Path, config: "EngineConfig") -> ModelConfig:
     from infer.models import reader_of
 
     file = path / "config.json"
-    overrides = _current_names(config.hf_overrides or {})
-    f = Fields(file, _overlay(_current_names(read_json(file)), overrides))
+    overrides = _current_names(config.hf_overrides or {}, "hf_overrides")
+    f = Fields(file, _overlay(_current_names(read_json(file), str(file)), overrides))
     for name in ("quantization_config", "compression_config"):
         if (quantization := f.get(name)) is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -216,7 +241,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _current_names(raw: dict[str, Any]) -> dict[str, Any]:
+def _current_names(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The same with the names of transformers 5: `dtype`, and one `rope_parameters` for all that is rotary."""
     data = dict(raw)
     if "torch_dtype" in data:
@@ -232,7 +257,7 @@ def _current_names(raw: dict[str, Any]) -> dict[str, Any]:
         elif section is None:  # "no scaling", said aloud
             rope.setdefault("rope_type", "default")
         else:
-            raise ValueError(f"config.json: {name} must be an object or null, not {section!r}")
+            raise ValueError(f"{where}: {name} must be an object or null, not {section!r}")
     if "type" in rope:
         old_name = rope.pop("type")
         rope.setdefault("rope_type", old_name)

@@ -5,7 +5,5 @@ from infer.models.fields import Fields
 
 
 def read_llama(f: Fields) -> ModelConfig:
-    attention_bias = f.flag("attention_bias", False)
-    return decoder_config(
-        f, qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=f.flag("mlp_bias", False)
-    )  # fmt: skip
+    bias = f.flag("attention_bias", False)
+    return decoder_config(f, qkv_bias=bias, o_bias=bias, mlp_bias=f.flag("mlp_bias", False))

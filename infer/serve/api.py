@@ -16,7 +16,7 @@ import infer
 from infer.request import FinishReason, Output, Request, SamplingParams, check_prompt
 from infer.serve.client import EngineClient, Job
 from infer.serve.link import Hello
-from infer.serve.render import ChatReply, Choice, CompletionReply, Prompt, Reply, usage
+from infer.serve.render import ChatReply, Choice, CompletionReply, Delta, Prompt, Reply, usage
 from infer.serve.schema import (
     MAX_LOGPROB_ENTRIES,
     ApiError,
@@ -73,9 +73,14 @@ async def errors_as_json(
 
 
 class Api:
-    """The routes over one tokenizer and one engine. `app()` is the aiohttp application."""
+    """The routes over one tokenizer and one engine. `app()` is the aiohttp application.
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+    num_open: generations under way. model_path: what /v1/models tells as the model's root.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, model_path: str) -> None:
+        self.num_open = 0
+        self._model_path = model_path
         self._client = client
         self._tokenizer = tokenizer
         self._created = int(time.time())
@@ -115,7 +120,7 @@ class Api:
     def _model_card(self, hello: Hello) -> dict[str, Any]:
         return {
             "id": self._client.model_name, "object": "model", "created": self._created, "owned_by": "infer",
-            "root": self._client.model_name, "parent": None, "max_model_len": hello.max_model_len,
+            "root": self._model_path, "parent": None, "max_model_len": hello.max_model_len,
         }  # fmt: skip
 
     def _check_model(self, name: str | None) -> None:
@@ -248,8 +253,10 @@ class Api:
     async def _generate(
         self, http: web.Request, body: SamplingBody, prompts: list[Prompt], requests: list[Request], reply: Reply
     ) -> web.StreamResponse:
+        # The transport's buffer is what a slow client fills; aborting it ends a write that waits for it.
         abort = http.transport.abort if body.stream and http.transport is not None else None
         generation = Generation(self._client, prompts, requests, self._tokenizer, abort)
+        self.num_open += 1
         try:
             if body.stream:
                 return await _stream(http, body, generation, reply)
@@ -259,6 +266,7 @@ class Api:
                 body=_JSON.encode(reply.whole(generation.choices, generation.usage())), content_type="application/json"
             )
         finally:  # also where the client has gone, which cancels this task
+            self.num_open -= 1
             generation.close()
 
 
@@ -302,9 +310,13 @@ class Generation:
     def usage(self) -> dict[str, Any]:
         return usage(self.prompts, self.choices)
 
-    async def step(self) -> list[tuple[Choice, Any]]:
+    async def step(self) -> list[tuple[Choice, Delta]]:
         """Waits for outputs; returns what they add to each choice, in order. Raises ApiError where one failed."""
-        return [self._accept(output) for output in self._usable(await self._job.take())]
+        steps = []
+        for output in self._usable(await self._job.take()):
+            if self._choice(output).finish_reason is None:  # else a stop string ended it, earlier in these outputs
+                steps.append(self._accept(output))
+        return steps
 
     def _usable(self, outputs: list[Output]) -> list[Output]:
         """Outputs whose prompt's log-probabilities are there, where they were asked for."""
@@ -321,7 +333,7 @@ class Generation:
     def _choice(self, output: Output) -> Choice:
         return self.choices[self._first_choice[output.request_id] + output.index]
 
-    def _accept(self, output: Output) -> tuple[Choice, Any]:
+    def _accept(self, output: Output) -> tuple[Choice, Delta]:
         choice = self._choice(output)
         if output.error is not None or output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             message = output.error or "the engine ended this request"

@@ -18,9 +18,9 @@ from infer.serve.link import (
     Outputs,
     Progress,
     Submit,
+    decode_from_engine,
     encode_frame,
     frame_length,
-    frontend_codec,
 )
 from infer.serve.schema import ApiError
 
@@ -40,8 +40,8 @@ class Job:
     def __init__(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None) -> None:
         self.requests = {request.request_id: request for request in requests}
         self.token_ids: dict[tuple[str, int], list[int]] = {}
-        self.open = {request.request_id: set(range(request.params.n)) for request in requests}  # choices still awaited
-        self.running = {request.request_id: request.params.n for request in requests}  # choices the engine works on
+        # Choices that the client awaits and the engine works on: they leave when either is done with them.
+        self.open = {request.request_id: set(range(request.params.n)) for request in requests}
         self.on_overflow = on_overflow
         self._outputs: list[Output] = []
         self._num_pending = 0
@@ -50,8 +50,6 @@ class Job:
 
     def put(self, output: Output) -> None:
         """Takes an output from the engine; those of choices nobody awaits are dropped."""
-        if output.finish_reason is not None:
-            self.running[output.request_id] -= 1
         choices = self.open[output.request_id]
         if output.index not in choices:
             return
@@ -99,9 +97,9 @@ class EngineClient:
         self.model_name = model_name
         self.phase = "waiting for the engine"
         self.hello: Hello | None = None
+        self.connected = asyncio.Event()  # set once, with the first Hello
         self.lost = asyncio.Event()  # set once, when an engine that was connected is gone
         self.lost_reason = ""
-        self._codec = frontend_codec()
         self._writer: asyncio.StreamWriter | None = None
         self._jobs: dict[str, Job] = {}
 
@@ -122,10 +120,10 @@ class EngineClient:
         return job
 
     def drop_choice(self, job: Job, request_id: str, index: int) -> None:
-        """The client has all it wants of this choice. The engine stops when that holds for all choices of the request."""
-        job.open[request_id].discard(index)
-        if not job.open[request_id]:
-            self._end(job, request_id)
+        """The client has all it wants of this choice; the engine stops working on it unless it has ended it already."""
+        if index in job.open[request_id]:
+            job.open[request_id].discard(index)
+            self._send(Abort(request_id=request_id, index=index))
 
     def close(self, job: Job) -> None:
         """Ends whatever of the job is still running. To be called for every job, however it went."""
@@ -133,7 +131,7 @@ class EngineClient:
             self._end(job, request_id)
 
     def _end(self, job: Job, request_id: str) -> None:
-        if self._jobs.pop(request_id, None) is not None and job.running[request_id] > 0:
+        if self._jobs.pop(request_id, None) is not None and job.open[request_id]:
             self._send(Abort(request_id=request_id))
 
     def _send(self, message: Message) -> None:
@@ -151,7 +149,7 @@ class EngineClient:
         try:
             while True:
                 header = await reader.readexactly(HEADER.size)
-                message = self._codec.decode(await reader.readexactly(frame_length(header)))
+                message = decode_from_engine(await reader.readexactly(frame_length(header)))
                 if isinstance(message, Bye):
                     reason = f"the engine has ended: {message.reason}"
                 else:
@@ -180,6 +178,7 @@ class EngineClient:
                     raise LinkError(f"it serves {message.model_name!r}, this frontend {self.model_name!r}")
                 self.hello = message
                 self.phase = "ready"
+                self.connected.set()
 
     def _dispatch(self, output: Output) -> None:
         job = self._jobs.get(output.request_id)

@@ -1,15 +1,14 @@
 """The link between rank 0's engine and the frontend process, as the engine sees it. No torch here.
 
-Messages and their frames, the engine's end (EngineLink), and starting the frontend (start_frontend). The frontend listens
-on a Unix socket, the engine connects. A frame is a 4-byte little-endian length and as many bytes of MessagePack: one
-tagged struct.
+Messages and their frames, the engine's end (EngineLink), and starting the frontend (start_frontend). The frontend
+listens on a Unix socket, the engine connects. A frame is a 4-byte little-endian length and as many bytes of
+MessagePack: one tagged struct.
 """
 
 import collections
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -20,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -47,9 +47,11 @@ class Submit(_Message):
 
 
 class Abort(_Message):
-    """Frontend to engine: nobody waits for this request any more; its remaining choices end without a reply."""
+    """Frontend to engine: nobody waits for this choice any more, or, with index None, for any choice of the request.
+    It ends without a reply."""
 
     request_id: str
+    index: int | None = None
 
 
 class Hello(_Message):
@@ -93,28 +95,27 @@ Message = Submit | Abort | Bye | Hello | Outputs | Progress
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-class Codec:
-    """Frames of one direction: which messages may come in is part of the protocol."""
-
-    def __init__(self, incoming: type) -> None:
-        self._decoder = msgspec.msgpack.Decoder(incoming)
-
-    def decode(self, payload: bytes | bytearray) -> Message:
-        """Raises LinkError when the payload is not one of the messages expected here."""
-        try:
-            return self._decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise LinkError(f"a frame of {len(payload)} bytes holds no message: {error}") from None
+# Which messages may come in is part of the protocol: each end has a decoder of its own.
+_AT_FRONTEND: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_AT_ENGINE: msgspec.msgpack.Decoder[FromFrontend] = msgspec.msgpack.Decoder(FromFrontend)
+T = TypeVar("T")
 
 
-def frontend_codec() -> Codec:
-    """What the frontend reads."""
-    return Codec(FromEngine)
+def decode_from_engine(payload: bytes | bytearray) -> FromEngine:
+    """A message as the frontend reads it. Raises LinkError."""
+    return _decode(_AT_FRONTEND, payload)
 
 
-def engine_codec() -> Codec:
-    """What the engine reads."""
-    return Codec(FromFrontend)
+def decode_from_frontend(payload: bytes | bytearray) -> FromFrontend:
+    """A message as the engine reads it. Raises LinkError."""
+    return _decode(_AT_ENGINE, payload)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray) -> T:
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise LinkError(f"a frame of {len(payload)} bytes holds no message: {error}") from None
 
 
 def encode_frame(message: Message) -> bytes:
@@ -143,7 +144,6 @@ class EngineLink:
     def __init__(self, connection: socket.socket, inbox_put: Callable[[Message | Closed], None]) -> None:
         self._socket = connection
         self._inbox_put = inbox_put
-        self._codec = engine_codec()
         self._outbox: collections.deque[Message] = collections.deque()
         self._wake = threading.Condition()
         self._closing = False  # no more sends; the writer ends when the outbox is empty
@@ -196,7 +196,7 @@ class EngineLink:
                 if payload is None:
                     reason = "the frontend ended in the middle of a message"
                     break
-                self._inbox_put(self._codec.decode(payload))
+                self._inbox_put(decode_from_frontend(payload))
         except (OSError, LinkError) as error:
             reason = f"the link to the frontend broke: {error}"
         with self._wake:
@@ -242,11 +242,11 @@ def coalesce(messages: list[Message]) -> list[Message]:
     merged: list[Message] = []
     for message in messages:
         last = merged[-1] if merged else None
-        if isinstance(message, Outputs) and isinstance(last, Outputs):
-            if len(last.items) + len(message.items) <= MAX_OUTPUTS_PER_FRAME:
-                merged[-1] = Outputs(items=last.items + message.items)
-                continue
-        merged.append(message)
+        match last, message:
+            case Outputs(items=before), Outputs(items=items) if len(before) + len(items) <= MAX_OUTPUTS_PER_FRAME:
+                merged[-1] = Outputs(items=before + items)
+            case _:
+                merged.append(message)
     return merged
 
 
@@ -301,7 +301,7 @@ class FrontendHandle:
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        shutil.rmtree(self.socket_path.parent, ignore_errors=True)  # it removes this itself unless it was killed
+        remove_socket(self.socket_path)  # the process does this itself unless it was killed
         return status
 
 
@@ -329,7 +329,7 @@ def start_frontend(
         )  # fmt: skip
     except OSError as error:
         os.close(report)
-        shutil.rmtree(directory)
+        remove_socket(socket_path)
         raise ValueError(f"cannot start the frontend process: {error}") from None
     finally:
         os.close(report_for_child)
@@ -344,6 +344,13 @@ def start_frontend(
         raise
     handle.port = ready.port
     return handle
+
+
+def remove_socket(path: Path) -> None:
+    """Removes the socket and the directory made for it. Whatever else lies there stays, and the directory with it."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or gone
+        path.parent.rmdir()
 
 
 def _child_environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Engine outputs to OpenAI's JSON: choices, log-probabilities, usage, whole replies and stream chunks. No torch here."""
+"""Engine outputs to OpenAI's JSON: choices, log-probabilities, usage, replies and stream chunks. No torch here."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -220,9 +220,10 @@ class ChatReply(Reply):
         first = choice.num_chunks == 0
         if not delta.text and not delta.logprobs and not first and choice.finish_reason is None:
             return None
+        role = {"role": "assistant"} if first else {}
         return {
             "index": choice.index,
-            "delta": ({"role": "assistant"} if first else {}) | ({"content": delta.text} if delta.text or first else {}),
+            "delta": {**role, "content": delta.text} if delta.text or first else role,
             "logprobs": self._logprobs(delta.logprobs) if self._with_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

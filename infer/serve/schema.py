@@ -122,9 +122,8 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise bad_request(str(error), name if name in SamplingParams.__struct_fields__ else None) from None
 
 
-_SAMPLING_FIELDS = tuple(
-    name for name in SamplingBody.__struct_fields__ if name not in ("model", "stream", "stream_options", "prompt_logprobs")
-)
+_NOT_SAMPLING = ("model", "stream", "stream_options", "prompt_logprobs")
+_SAMPLING_FIELDS = tuple(name for name in SamplingBody.__struct_fields__ if name not in _NOT_SAMPLING)
 
 
 class CompletionBody(SamplingBody):
@@ -295,15 +294,15 @@ _LACKING: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_tokens_as_token_ids": ((False,), ""),
     "documents": (([],), ""),
     "return_prompt_text": ((False,), ""),
-} | {
-    name: ((), "")
-    for name in (
-        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "truncate_prompt_tokens",
-        "request_id", "cache_salt", "chat_template", "reasoning_effort", "verbosity", "audio", "prediction",
+} | dict.fromkeys(
+    (
+        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "request_id",
+        "truncate_prompt_tokens", "cache_salt", "chat_template", "reasoning_effort", "verbosity", "audio", "prediction",
         "web_search_options", "prompt_embeds", "extra_args", "logits_processors", "vllm_xargs", "kv_transfer_params",
         "mm_processor_kwargs", "moderation",
-    )
-}  # fmt: skip
+    ),
+    ((), ""),
+)  # fmt: skip
 
 Body = TypeVar("Body", bound=SamplingBody)
 
@@ -372,13 +371,12 @@ def _show(value: Any) -> str:
         return repr(value if len(value) <= 40 else value[:40] + "...")
     if isinstance(value, (bool, int, float)):
         return str(value).lower()[:40]
-    return {dict: "an object", list: "a list"}.get(type(value), type(value).__name__)
+    return "an object" if isinstance(value, dict) else "a list"
 
 
 def model_not_found(name: str, served: str) -> ApiError:
-    return ApiError(
-        404, f"the model {_show(name)} does not exist; this server has {served!r}", param="model", code="model_not_found"
-    )
+    message = f"the model {_show(name)} does not exist; this server has {served!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def too_long(num_prompt: int, max_new_tokens: int | None, max_model_len: int) -> ApiError:
@@ -387,5 +385,5 @@ def too_long(num_prompt: int, max_new_tokens: int | None, max_model_len: int) ->
     return bad_request(
         f"this model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} tokens{asked}. "
         "Shorten the prompt or ask for fewer tokens",
-        param="messages" if max_new_tokens is None else "max_tokens", code="context_length_exceeded",
+        param=None if max_new_tokens is None else "max_tokens", code="context_length_exceeded",
     )  # fmt: skip

@@ -25,8 +25,8 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 class Tokenizer:
     """A Hugging Face tokenizer directory, with the results AutoTokenizer would give.
 
-    vocab_size: ids are [0, vocab_size) (the model's own vocabulary may be padded beyond). special_ids: left out of decoded
-    text by skip_special_tokens. max_token_chars: no token stands for more characters.
+    vocab_size: ids are [0, vocab_size) (the model's own vocabulary may be padded beyond). special_ids: left out of
+    decoded text by skip_special_tokens. max_token_chars: no token stands for more characters.
     """
 
     def __init__(self, backend: Backend, config: Mapping[str, Any], template: ChatTemplate | None, path: Path) -> None:

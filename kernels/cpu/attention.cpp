@@ -47,6 +47,7 @@ Shape check_arguments(const at::Tensor& q, const at::Tensor& k_pages, const at::
 // The query heads of each KV head, in one list: those of KV head g are [start[g], start[g + 1]).
 struct HeadGroups {
   std::vector<int32_t> heads, start;
+  std::vector<int64_t> used;  // KV heads with any query head
 
   HeadGroups(const int32_t* kv_map, int64_t num_q, int64_t num_kv) : heads(num_q), start(num_kv + 1, 0) {
     for (int64_t h = 0; h < num_q; ++h) {
@@ -54,17 +55,19 @@ struct HeadGroups {
                         ", must be in [0, ", num_kv, ")");
       ++start[kv_map[h] + 1];
     }
-    for (int64_t g = 0; g < num_kv; ++g) start[g + 1] += start[g];
+    for (int64_t g = 0; g < num_kv; ++g) {
+      if (start[g + 1] > 0) used.push_back(g);
+      start[g + 1] += start[g];
+    }
     std::vector<int32_t> next(start);
     for (int64_t h = 0; h < num_q; ++h) heads[next[kv_map[h]]++] = static_cast<int32_t>(h);
   }
 };
 
-// Queries whose keys were cut into chunks: partials of one (sequence, KV head), chunk after chunk.
+// Tasks that are the chunks of one (sequence, KV head); their partials stand one after the other.
 struct Merge {
-  AttentionTask task;  // of the first chunk; `partial` is set once memory is there
-  int64_t first_task, chunks;
-  int64_t offset;  // of its partials, in floats
+  int64_t first_task, task_stride, chunks;
+  int64_t partials;  // where they begin, in floats
 };
 
 class Plan {
@@ -78,29 +81,27 @@ class Plan {
   Plan(const Shape& shape, const HeadGroups& groups, const at::Tensor& block_table, const int32_t* query_start,
        const int32_t* seq_lens, int64_t window)
       : shape_(shape), groups_(groups), window_(window) {
-    int64_t row = 0;
     covers_every_row = query_start[0] == 0 && query_start[shape.num_seqs] == shape.num_tokens;
     TORCH_CHECK_INDEX(query_start[0] >= 0, op, ": query_start[0] is ", query_start[0], ", must not be negative");
     for (int64_t s = 0; s < shape.num_seqs; ++s) {
-      row = query_start[s];
-      const int64_t end = query_start[s + 1], rows = end - row;
+      const int64_t row = query_start[s], end = query_start[s + 1], rows = end - row;
       TORCH_CHECK_INDEX(row <= end && end <= shape.num_tokens, op, ": query_start[", s + 1, "] is ", end,
                         ", must be in [", row, ", ", shape.num_tokens, "]");
       if (rows == 0) continue;
       check_keys(s, rows, seq_lens[s], block_table);
-      for (int64_t g = 0; g < shape.num_kv; ++g) {
-        if (groups.start[g] == groups.start[g + 1]) continue;
-        rows <= few_rows ? add_chunks(s, g, row, end, seq_lens[s]) : add_row_blocks(s, g, row, end, seq_lens[s]);
-      }
+      rows <= few_rows ? add_chunks(s, row, end, seq_lens[s]) : add_row_blocks(s, row, end, seq_lens[s]);
     }
   }
 
-  // Once all tasks are known: their partial results, in `memory` of partial_size floats.
+  int64_t partial_stride(const AttentionTask& task) const { return task.num_queries() * (shape_.dim + 2); }
+
+  // Once all tasks are known: gives chunks their place in `memory` of partial_size floats.
   void place_partials(float* memory) {
-    for (Merge& merge : merges) {
-      merge.task.partial = memory + merge.offset;
-      const int64_t stride = merge.task.num_queries() * (shape_.dim + 2);
-      for (int64_t c = 0; c < merge.chunks; ++c) tasks[merge.first_task + c].partial = merge.task.partial + c * stride;
+    for (const Merge& merge : merges) {
+      for (int64_t c = 0; c < merge.chunks; ++c) {
+        AttentionTask& task = tasks[merge.first_task + c * merge.task_stride];
+        task.partial = memory + merge.partials + c * partial_stride(task);
+      }
     }
   }
 
@@ -140,25 +141,29 @@ class Plan {
     max_queries = std::max(max_queries, tasks.back().num_queries());
   }
 
-  void add_chunks(int64_t s, int64_t g, int64_t row, int64_t end, int64_t num_keys) {
+  // Chunk by chunk, all KV heads of one before the next: they lie side by side in a page.
+  void add_chunks(int64_t s, int64_t row, int64_t end, int64_t num_keys) {
     const int64_t position = num_keys - (end - row), first = first_key(position);
-    const int64_t first_chunk = first / chunk_keys, last_chunk = (num_keys - 1) / chunk_keys;
-    const int64_t first_task = static_cast<int64_t>(tasks.size());
-    for (int64_t c = first_chunk; c <= last_chunk; ++c) {
-      add_task(s, g, row, end, position, std::max(first, c * chunk_keys), std::min(num_keys, (c + 1) * chunk_keys));
+    const int64_t first_chunk = first / chunk_keys, chunks = (num_keys - 1) / chunk_keys - first_chunk + 1;
+    const int64_t first_task = static_cast<int64_t>(tasks.size()), used = static_cast<int64_t>(groups_.used.size());
+    for (int64_t c = first_chunk; c < first_chunk + chunks; ++c) {
+      const int64_t key_begin = std::max(first, c * chunk_keys), key_end = std::min(num_keys, (c + 1) * chunk_keys);
+      for (const int64_t g : groups_.used) add_task(s, g, row, end, position, key_begin, key_end);
     }
-    const int64_t chunks = last_chunk - first_chunk + 1;
     if (chunks == 1) return;
-    merges.push_back({tasks[first_task], first_task, chunks, partial_size});
-    partial_size += chunks * tasks[first_task].num_queries() * (shape_.dim + 2);
+    for (int64_t i = first_task; i < first_task + used; ++i) {
+      merges.push_back({.first_task = i, .task_stride = used, .chunks = chunks, .partials = partial_size});
+      partial_size += chunks * partial_stride(tasks[i]);
+    }
   }
 
-  void add_row_blocks(int64_t s, int64_t g, int64_t row, int64_t end, int64_t num_keys) {
-    const int64_t heads = groups_.start[g + 1] - groups_.start[g];
-    const int64_t block = std::max<int64_t>(1, block_queries / heads);
-    for (int64_t r = row; r < end; r += block) {
-      const int64_t stop = std::min(end, r + block), position = num_keys - (end - r);
-      add_task(s, g, r, stop, position, first_key(position), num_keys - (end - stop));
+  void add_row_blocks(int64_t s, int64_t row, int64_t end, int64_t num_keys) {
+    for (const int64_t g : groups_.used) {
+      const int64_t block = std::max<int64_t>(1, block_queries / (groups_.start[g + 1] - groups_.start[g]));
+      for (int64_t r = row; r < end; r += block) {
+        const int64_t stop = std::min(end, r + block), position = num_keys - (end - r);
+        add_task(s, g, r, stop, position, first_key(position), num_keys - (end - stop));
+      }
     }
   }
 };
@@ -191,10 +196,10 @@ void run(const Attention<T>& attention, const Plan& plan) {
   at::parallel_for(0, num_merges, 32, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Merge& merge = plan.merges[i];
-      const AttentionTask& task = merge.task;
+      const AttentionTask& task = plan.tasks[merge.first_task];
       for (int64_t m = 0; m < task.num_queries(); ++m) {
         const int64_t row = task.row_begin + m / task.num_heads, head = task.heads[m % task.num_heads];
-        merge_chunks(task.partial + m * size, merge.chunks, task.num_queries() * size, attention.dim,
+        merge_chunks(task.partial + m * size, merge.chunks, plan.partial_stride(task), attention.dim,
                      attention.out + (row * attention.num_q + head) * attention.dim);
       }
     }

@@ -9,7 +9,7 @@ namespace infer {
 // of chunk_keys, which threads take independently. Both are positions in the sequence, so that a row's sums are formed
 // in the same order whatever else is in the batch and however many threads run.
 constexpr int64_t tile_keys = 64;
-constexpr int64_t chunk_keys = 256;
+constexpr int64_t chunk_keys = 512;
 
 template <class T>
 struct Pages {

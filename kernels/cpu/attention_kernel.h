@@ -13,35 +13,50 @@ INFER_INLINE const float* widen_row(const T* row, float* copy, int64_t dim) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (dim % width == 0) return row;
   }
-  for (int64_t d = 0; d < dim; d += width) store(copy + d, load_n(row + d, dim - d));
+  int64_t d = 0;
+  for (; d + width <= dim; d += width) store(copy + d, load(row + d));
+  if (d < dim) store(copy + d, load_n(row + d, dim - d));
   return copy;
 }
 
-// Points rows[j] at key tile_begin + j for those in [begin, end), at zeros for the others, whose blocks are not touched.
+// Pages stand anywhere in memory. While few queries work through one tile's keys, its values are asked for, and while
+// they work through the values, the next tile's keys; a few lines at a time, since a core waits for about ten at once.
 template <class T>
-INFER_INLINE void gather_rows(const Attention<T>& a, const AttentionTask& task, const Pages<T>& pages,
-                              int64_t tile_begin, int64_t begin, int64_t end, const float* zero, float* copy,
-                              int64_t columns, const float** rows) {
+INFER_INLINE void prefetch(const T* row, int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d);
+}
+
+// Points rows[j] at key tile + j for the keys in [begin, end), and at zeros for the others. Blocks outside are not read.
+template <class T>
+INFER_INLINE void locate_rows(const Attention<T>& a, const AttentionTask& task, const Pages<T>& pages, int64_t tile,
+                              int64_t begin, int64_t end, const float* zero, const T** rows) {
   const int32_t* table = a.block_table + task.sequence * a.table_stride;
   const T* head = pages.data + task.kv_head * pages.head_stride;
-  for (int64_t key = tile_begin; key < begin; ++key) rows[key - tile_begin] = zero;
+  for (int64_t j = 0; j < tile_keys; ++j) rows[j] = reinterpret_cast<const T*>(zero);
   for (int64_t key = begin; key < end;) {
     const int64_t block = key / a.block_size, offset = key % a.block_size;
     const int64_t stop = std::min(end, (block + 1) * a.block_size);
     const T* row = head + table[block] * pages.block_stride + offset * pages.offset_stride;
-    for (; key < stop; ++key, row += pages.offset_stride) {
-      const int64_t j = key - tile_begin;
-      rows[j] = widen_row(row, copy + j * columns, a.dim);
-    }
+    for (; key < stop; ++key, row += pages.offset_stride) rows[key - tile] = row;
   }
-  for (int64_t key = end; key < tile_begin + tile_keys; ++key) rows[key - tile_begin] = zero;
+}
+
+template <class T>
+INFER_INLINE void widen_rows(const T* const* rows, float* copy, int64_t columns, int64_t dim, const float** wide) {
+  for (int64_t j = 0; j < tile_keys; ++j) wide[j] = widen_row(rows[j], copy + j * columns, dim);
 }
 
 // scores[q][j] = q . rows[j] for few queries: `width` keys at a time, summed across lanes by one transposition.
+template <class T>
 INFER_INLINE void score_rows(const float* q, int64_t queries, const float* const* rows, int64_t used, int64_t columns,
-                             int64_t num_keys, float* scores) {
+                             int64_t num_keys, float* scores, const T* const* ahead, int64_t dim) {
   for (int64_t j = 0; j < num_keys; j += width) {
+    for (int i = 0; i < width / 2; ++i) prefetch(ahead[j + i], dim);
     for (int64_t m = 0; m < queries; ++m) {
+      if (m == queries / 2) {
+        for (int i = width / 2; i < width; ++i) prefetch(ahead[j + i], dim);
+      }
       VFloat products[width] = {};
       for (int64_t d = 0; d < used; d += width) {
         const VFloat x = load(q + m * columns + d);
@@ -83,14 +98,15 @@ INFER_INLINE void score_tile(const float* q, const float* k_transposed, int64_t 
 }
 
 // sums[q][:] += sum over j in [begin, end) of weights[q][j] * rows[j][:], `count` queries and `vectors` at a time.
-template <int count, int vectors>
+template <int count, int vectors, class T>
 INFER_INLINE void add_values_at(const float* weights, const float* const* rows, int64_t begin, int64_t end, int64_t d,
-                                int64_t columns, float* sums) {
+                                int64_t columns, float* sums, const T* const* ahead, int64_t dim) {
   VFloat total[count][vectors];
   for (int m = 0; m < count; ++m) {
     for (int i = 0; i < vectors; ++i) total[m][i] = load(sums + m * columns + d + i * width);
   }
   for (int64_t j = begin; j < end; ++j) {
+    if (ahead != nullptr) prefetch(ahead[j], dim);
     VFloat v[vectors];
     for (int i = 0; i < vectors; ++i) v[i] = load(rows[j] + d + i * width);
     for (int m = 0; m < count; ++m) {
@@ -102,14 +118,17 @@ INFER_INLINE void add_values_at(const float* weights, const float* const* rows, 
   }
 }
 
-template <int count>
+template <int count, class T>
 INFER_INLINE void add_values(const float* weights, const float* const* rows, int64_t begin, int64_t end, int64_t used,
-                             int64_t columns, float* sums) {
+                             int64_t columns, float* sums, const T* const* ahead, int64_t dim) {
+  constexpr int64_t step = vectors_per_step * width;
   int64_t d = 0;
-  for (; d + vectors_per_step * width <= used; d += vectors_per_step * width) {
-    add_values_at<count, vectors_per_step>(weights, rows, begin, end, d, columns, sums);
+  for (; d + step <= used; d += step) {
+    add_values_at<count, vectors_per_step>(weights, rows, begin, end, d, columns, sums, d == 0 ? ahead : nullptr, dim);
   }
-  for (; d < used; d += width) add_values_at<count, 1>(weights, rows, begin, end, d, columns, sums);
+  for (; d < used; d += width) {
+    add_values_at<count, 1>(weights, rows, begin, end, d, columns, sums, d == 0 ? ahead : nullptr, dim);
+  }
 }
 
 // Turns one query's scores of a tile into weights e^(score - maximum), for the keys [begin, end) it sees; the others
@@ -151,11 +170,14 @@ INFER_INLINE void attend_tile(const Attention<T>& a, const AttentionTask& task, 
                               int64_t tile, int64_t columns, int64_t used) {
   const int64_t queries = task.num_queries();
   const int64_t begin = std::max(tile, task.key_begin), end = std::min(tile + tile_keys, task.key_end);
+  const bool few = queries < transpose_from_queries, more = end < task.key_end;
+  const T *k_pages[tile_keys], *v_pages[tile_keys], *next_pages[tile_keys];
   const float *k_rows[tile_keys], *v_rows[tile_keys];
-  gather_rows(a, task, a.k, tile, begin, end, s.zero, s.k, columns, k_rows);
-  gather_rows(a, task, a.v, tile, begin, end, s.zero, s.v, columns, v_rows);
-  if (queries < transpose_from_queries) {
-    score_rows(s.q, queries, k_rows, used, columns, end - tile, s.scores);
+  locate_rows(a, task, a.k, tile, begin, end, s.zero, k_pages);
+  locate_rows(a, task, a.v, tile, begin, end, s.zero, v_pages);
+  widen_rows(k_pages, s.k, columns, a.dim, k_rows);
+  if (few) {
+    score_rows(s.q, queries, k_rows, used, columns, end - tile, s.scores, v_pages, a.dim);
   } else {
     transpose_tile(k_rows, used, s.k_transposed);
     int64_t m = 0;
@@ -173,16 +195,24 @@ INFER_INLINE void attend_tile(const Attention<T>& a, const AttentionTask& task, 
     soften(s.scores + m * tile_keys, first - tile, stop - tile, a.soft_cap, s.maximum + m, s.weight + m,
            s.sums + m * columns, used);
   }
+  widen_rows(v_pages, s.v, columns, a.dim, v_rows);
+  const T* const* ahead = few && more ? next_pages : nullptr;
+  if (ahead != nullptr) {
+    locate_rows(a, task, a.k, end, end, std::min(end + tile_keys, task.key_end), s.zero, next_pages);
+  }
   const int64_t low = begin - tile, high = end - tile;
   int64_t m = 0;
   for (; m + 4 <= queries; m += 4) {
-    add_values<4>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns);
+    add_values<4>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns,
+                  m == 0 ? ahead : nullptr, a.dim);
   }
   for (; m + 3 <= queries; m += 3) {
-    add_values<3>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns);
+    add_values<3>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns,
+                  m == 0 ? ahead : nullptr, a.dim);
   }
   for (; m < queries; ++m) {
-    add_values<1>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns);
+    add_values<1>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns,
+                  m == 0 ? ahead : nullptr, a.dim);
   }
 }
 

@@ -10,6 +10,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define INFER_INLINE INFER_TARGET inline __attribute__((always_inline))
 
 #if defined(__x86_64__)

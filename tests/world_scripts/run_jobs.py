@@ -80,7 +80,7 @@ def entry(logprobs: dict[int, Logprob]) -> Entry:
 def run_workload(llm: LLM, work: Workload) -> WorkloadResult:
     """Requests that arrive over time, some of which share a beginning; aborts fall at random moments."""
     rng = random.Random(work.seed)
-    requests = [random_request(rng, f"{work.name}-{i}", llm.engine.model_config.vocab_size) for i in range(work.num_requests)]
+    requests = [random_request(rng, str(i), llm.engine.model_config.vocab_size) for i in range(work.num_requests)]
     doomed = rng.sample([request.request_id for request in requests], work.num_aborts)
     result = WorkloadResult(
         tokens={request.request_id: [[] for _ in range(request.params.n)] for request in requests},

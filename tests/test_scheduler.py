@@ -1,0 +1,371 @@
+"""The scheduler's policy, over ranks that check every batch. No torch, no real time."""
+
+import random
+
+import pytest
+from fake_ranks import EOS, VOCAB_SIZE, FakeRanks, Simulation, expected_tokens
+
+from infer.cache.blocks import BlockPool
+from infer.engine.batch import NEW_BLOCKS, SEQ, StepResult
+from infer.engine.scheduler import Scheduler
+from infer.request import FinishReason, Request, SamplingParams
+
+BLOCK_SIZE = 4  # small, so that short prompts fill blocks
+
+
+def make(num_blocks=64, pp_size=1, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=64, failing=None, **options):
+    scheduler = Scheduler(
+        BlockPool(num_blocks, BLOCK_SIZE),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        pp_size=pp_size,
+        **options,
+    )
+    return Simulation(scheduler, FakeRanks(num_blocks, BLOCK_SIZE, failing))
+
+
+def request(name, prompt, seed=0, **params):
+    return Request(
+        request_id=name, prompt_token_ids=list(prompt), params=SamplingParams(**params), seed=seed, eos_token_ids=[EOS]
+    )
+
+
+def finish(simulation, limit=10_000):
+    """Runs to the end; the outputs."""
+    outputs = []
+    for _ in range(limit):
+        if not simulation.scheduler.has_work:
+            return outputs
+        outputs += simulation.step()
+    raise AssertionError(f"work is left after {limit} steps")
+
+
+def tokens_of(outputs):
+    found = {}
+    for output in outputs:
+        found.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ random workloads
+
+
+def random_workload(seed):
+    """A simulation of random sizes and requests for it; prompts share beginnings, blocks are scarce."""
+    rng = random.Random(seed)
+    max_model_len = rng.choice([16, 40, 64])
+    chunked = rng.random() < 0.8
+    beginnings = [[rng.randrange(VOCAB_SIZE) for _ in range(max_model_len)] for _ in range(2)]
+    requests, failing = [], {}
+    for i in range(rng.randrange(1, 24)):
+        prompt = rng.choice(beginnings)[: rng.randrange(0, max_model_len // 2)]
+        prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, max_model_len // 2))]
+        params = {
+            "max_tokens": rng.choice([None, 1, rng.randrange(1, 30)]),
+            "n": rng.choice([1, 1, 1, 2, 3]),
+            "ignore_eos": rng.random() < 0.7,
+            "prompt_logprobs": rng.choice([None, None, 2]),
+            "stop_token_ids": rng.choice([None, [5, 6]]),
+        }
+        requests.append(request(f"r{i}", prompt[: max_model_len - 1], seed=rng.getrandbits(63), **params))
+        if rng.random() < 0.1:
+            failing[requests[-1].seed, rng.randrange(requests[-1].params.n)] = len(prompt) + rng.randrange(3)
+    simulation = make(
+        num_blocks=max_model_len // BLOCK_SIZE + rng.choice([0, 1, 5, 40]),
+        pp_size=rng.choice([1, 2, 3]),
+        max_num_seqs=rng.randrange(1, 10),
+        max_num_batched_tokens=rng.choice([1, 3, 8, 32]) if chunked else max_model_len + rng.choice([0, 10]),
+        max_model_len=max_model_len,
+        failing=failing,
+        enable_prefix_caching=rng.random() < 0.7,
+        enable_chunked_prefill=chunked,
+    )
+    return rng, simulation, requests
+
+
+def run_workload(rng, simulation, requests, abort_share):
+    """Requests arrive over time, some are aborted. Returns outputs and the aborted (request id, choice)."""
+    waiting, outputs, aborted = list(requests), [], set()
+    for _ in range(20_000):
+        for _ in range(rng.randrange(4)):
+            if waiting:
+                simulation.scheduler.add(waiting.pop(0))
+        if abort_share and rng.random() < abort_share:
+            victim = rng.choice(requests)
+            choice = rng.choice([None, 0])
+            live = simulation.scheduler._choices.get(victim.request_id, {})
+            aborted |= {(victim.request_id, c) for c in live if choice is None or c == choice}
+            simulation.scheduler.abort(victim.request_id, choice)
+        if simulation.scheduler.has_work:
+            for output in simulation.step():
+                assert (output.request_id, output.index) not in aborted, "an aborted choice goes on"
+                outputs.append(output)
+        elif not waiting:
+            return outputs, aborted
+    raise AssertionError("a request starves")
+
+
+def check_outcome(simulation, requests, outputs, aborted):
+    found, last = tokens_of(outputs), {}
+    for output in outputs:
+        assert last.get((output.request_id, output.index)) is None, "a choice goes on after its end"
+        last[output.request_id, output.index] = output.finish_reason
+    for r in requests:
+        for choice in range(r.params.n):
+            key = r.request_id, choice
+            wanted = expected_tokens(r, choice, simulation.scheduler.max_model_len)
+            fails_at = simulation.ranks.failing.get((r.seed, choice))
+            failed = fails_at is not None and fails_at - len(r.prompt_token_ids) < len(wanted)
+            if failed:
+                wanted = wanted[: fails_at - len(r.prompt_token_ids)]
+            if key in aborted:
+                assert found.get(key, []) == wanted[: len(found.get(key, []))]
+                continue
+            assert found.get(key, []) == wanted
+            if failed:
+                assert last[key] == FinishReason.ERROR
+            elif wanted[-1] in (r.params.stop_token_ids or ()) or (wanted[-1] == EOS and not r.params.ignore_eos):
+                assert last[key] == FinishReason.STOP
+            else:
+                assert last[key] == FinishReason.LENGTH
+
+
+def check_prompt_logprobs(requests, outputs):
+    """All of a prompt's, once, with its first token."""
+    told = {}
+    for output in outputs:
+        if output.prompt_logprobs is not None:
+            assert output.request_id not in told and output.index == 0
+            told[output.request_id] = output.prompt_logprobs
+    started = {output.request_id for output in outputs if output.index == 0 and output.token_ids}
+    for r in requests:
+        if r.params.prompt_logprobs is None or r.request_id not in started:
+            assert r.request_id not in told
+            continue
+        entries = told[r.request_id]
+        assert entries[0] is None and len(entries) == len(r.prompt_token_ids)
+        assert [entry.tokens[0] for entry in entries[1:]] == r.prompt_token_ids[1:]
+
+
+@pytest.mark.parametrize("abort_share", [0.0, 0.3])
+def test_random_workloads(abort_share):
+    num_preemptions = num_hits = 0
+    for seed in range(200):
+        rng, simulation, requests = random_workload(seed)
+        try:
+            outputs, aborted = run_workload(rng, simulation, requests, abort_share)
+            check_outcome(simulation, requests, outputs, aborted)
+            check_prompt_logprobs(requests, outputs)
+            order = simulation.ranks.order
+            assert order == sorted(order), "a request overtook an earlier one"
+            simulation.scheduler.check_idle()
+        except (AssertionError, LookupError) as error:
+            raise AssertionError(f"workload {seed}: {error}") from error
+        num_preemptions += simulation.scheduler.stats.num_preemptions
+        num_hits += simulation.scheduler.stats.prefix_cache_hits
+    assert num_preemptions > 100 and num_hits > 1000, "the workloads are too easy to prove anything"
+
+
+def test_the_ranks_forget_what_has_ended():
+    rng, simulation, requests = random_workload(3)
+    run_workload(rng, simulation, requests, 0.2)
+    simulation.scheduler.add(request("last", [9, 9, 9], max_tokens=2, ignore_eos=True))
+    finish(simulation)
+    assert len(simulation.ranks.known) == 1  # the last one's end is told with the batch that follows
+
+
+# ------------------------------------------------------------------------------------------------ policy, one by one
+
+
+def test_a_long_prompt_runs_in_chunks_and_draws_once():
+    simulation = make(max_num_batched_tokens=8)
+    simulation.scheduler.add(request("a", range(2, 32), max_tokens=1, ignore_eos=True))
+    outputs = finish(simulation)
+    assert [batch.num_tokens for batch in simulation.batches] == [8, 8, 8, 6]
+    assert len(outputs) == 1 and outputs[0].finish_reason == FinishReason.LENGTH
+
+
+def test_chunks_of_one_prompt_fill_the_pipeline():
+    simulation = make(max_num_batched_tokens=8, pp_size=3)
+    simulation.scheduler.add(request("a", range(2, 32), max_tokens=1, ignore_eos=True))
+    assert [simulation.scheduler.next().num_tokens for _ in range(3)] == [8, 8, 8]
+    assert simulation.scheduler.next() is None  # three stages, three batches
+
+
+def test_without_chunked_prefill_a_prompt_waits_for_a_batch_it_fits():
+    simulation = make(max_num_batched_tokens=64, enable_chunked_prefill=False)
+    for name in "abc":
+        simulation.scheduler.add(request(name, [ord(name) % 50] * 40, max_tokens=2, ignore_eos=True))
+    finish(simulation)
+    assert simulation.batches[0].num_tokens == 40
+    with pytest.raises(ValueError, match=r"max_num_batched_tokens \(32\).*max_model_len \(64\).*enable_chunked_prefill"):
+        make(max_num_batched_tokens=32, enable_chunked_prefill=False)
+
+
+@pytest.mark.parametrize(("pp_size", "num_running", "shares"), [(2, 7, [4, 3]), (3, 7, [3, 3, 1]), (3, 2, [1, 1])])
+def test_decodes_are_divided_over_the_stages(pp_size, num_running, shares):
+    simulation = make(pp_size=pp_size, max_num_batched_tokens=512, num_blocks=200)
+    for i in range(num_running):
+        simulation.scheduler.add(request(f"r{i}", [i + 2] * 3, max_tokens=40, ignore_eos=True))
+    for _ in range(30):
+        simulation.step()
+    sizes = [len(batch.rows) for batch in simulation.batches[-12:]]
+    assert sorted(sizes[: len(shares)]) == sorted(shares)
+    assert all(sorted(sizes[i : i + len(shares)]) == sorted(shares) for i in range(0, 12 - len(shares), len(shares)))
+
+
+@pytest.mark.parametrize("pp_size", [2, 3, 4])
+def test_every_stage_is_busy_under_decoding(pp_size):
+    """With enough requests the bubble is what filling and draining the pipeline costs, and no more."""
+    simulation = make(pp_size=pp_size, max_num_seqs=4 * pp_size, max_num_batched_tokens=256, num_blocks=600,
+                      max_model_len=128)  # fmt: skip
+    for i in range(4 * pp_size):
+        simulation.scheduler.add(request(f"r{i}", [2 + i] * 2, max_tokens=120, ignore_eos=True))
+    finish(simulation)
+    bubble = 1 - sum(simulation.busy) / (pp_size * simulation.now)
+    assert bubble < 0.03, f"stages wait {bubble:.1%} of the time"
+
+
+def test_mixed_arrivals_keep_the_stages_busy():
+    simulation = make(pp_size=2, max_num_seqs=16, max_num_batched_tokens=64, num_blocks=1000, max_model_len=200)
+    rng = random.Random(1)
+    for i in range(80):
+        prompt = [rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randrange(2, 60))]
+        simulation.scheduler.add(request(f"r{i}", prompt, seed=i, max_tokens=rng.randrange(10, 60), ignore_eos=True))
+    finish(simulation)
+    assert 1 - sum(simulation.busy) / (2 * simulation.now) < 0.25
+
+
+def test_the_youngest_is_preempted_and_comes_back():
+    simulation = make(num_blocks=8, max_model_len=32, enable_prefix_caching=False)
+    for name in "ab":
+        simulation.scheduler.add(request(name, [ord(name) % 50] * 10, max_tokens=20, ignore_eos=True))
+    outputs = finish(simulation)
+    assert simulation.scheduler.stats.num_preemptions > 0
+    ends = [output.request_id for output in outputs if output.finish_reason]
+    assert ends == ["a", "b"]
+    assert [len(tokens) for tokens in tokens_of(outputs).values()] == [20, 20]
+
+
+def test_a_common_beginning_is_computed_once():
+    simulation = make(num_blocks=64, max_num_batched_tokens=64)
+    beginning = list(range(2, 34))
+    simulation.scheduler.add(request("a", [*beginning, 40], max_tokens=3, ignore_eos=True))
+    finish(simulation)
+    simulation.scheduler.add(request("b", [*beginning, 41], max_tokens=3, ignore_eos=True))
+    outputs = finish(simulation)
+    assert outputs[0].num_cached_tokens == 32
+    assert simulation.scheduler.stats.prefix_cache_hits == 32
+    assert simulation.batches[-3].num_tokens == 1 and simulation.batches[-3].rows[0, NEW_BLOCKS] == 9
+
+
+def test_a_full_hit_still_computes_a_token_in_a_block_of_its_own():
+    simulation = make()
+    for name in "ab":
+        simulation.scheduler.add(request(name, range(2, 10), max_tokens=1, ignore_eos=True))
+        finish(simulation)
+    assert simulation.batches[-1].num_tokens == BLOCK_SIZE  # of 8 tokens, one block of 4 was found
+
+
+def test_prompt_logprobs_do_not_read_the_cache():
+    simulation = make()
+    simulation.scheduler.add(request("a", range(2, 34), max_tokens=1, ignore_eos=True))
+    finish(simulation)
+    simulation.scheduler.add(request("b", range(2, 34), max_tokens=1, ignore_eos=True, prompt_logprobs=0))
+    (output,) = finish(simulation)
+    assert output.num_cached_tokens == 0
+    assert [entry.tokens[0] for entry in output.prompt_logprobs[1:]] == list(range(3, 34))
+
+
+def test_what_was_not_finite_leaves_the_prefix_cache():
+    simulation = make(failing={(7, 0): 33})
+    simulation.scheduler.add(request("a", range(2, 35), seed=7, max_tokens=5, ignore_eos=True))
+    (output,) = finish(simulation)
+    assert output.finish_reason == FinishReason.ERROR and "not finite" in output.error and not output.token_ids
+    simulation.scheduler.add(request("b", range(2, 35), seed=8, max_tokens=5, ignore_eos=True))
+    finish(simulation)
+    assert simulation.scheduler.stats.prefix_cache_hits == 0
+
+
+def test_what_was_not_finite_leaves_the_prefix_cache_though_preempted_meanwhile():
+    """The result of the failing step comes after its blocks were given up."""
+    simulation = make(pp_size=2, num_blocks=16, failing={(7, 0): 32})
+    simulation.scheduler.add(request("a", range(2, 34), seed=7, max_tokens=5, ignore_eos=True))
+    batch = simulation.scheduler.next()
+    simulation.scheduler._preempt(simulation.scheduler.running[0])
+    (output,) = simulation.scheduler.update(simulation.ranks.run(batch))
+    assert output.finish_reason == FinishReason.ERROR
+    simulation.scheduler.add(request("b", range(2, 34), seed=8, max_tokens=1, ignore_eos=True))
+    finish(simulation)
+    assert simulation.scheduler.stats.prefix_cache_hits == 0
+
+
+def test_a_request_id_in_use_is_refused():
+    simulation = make()
+    simulation.scheduler.add(request("a", [2], max_tokens=1))
+    with pytest.raises(ValueError, match="request id 'a' is in use"):
+        simulation.scheduler.add(request("a", [3], max_tokens=1))
+    finish(simulation)
+    simulation.scheduler.add(request("a", [3], max_tokens=1))
+    finish(simulation)
+
+
+def test_an_aborted_request_may_come_again_while_its_batch_is_in_flight():
+    simulation = make(pp_size=2)
+    simulation.scheduler.add(request("a", [2, 3], seed=1, max_tokens=2, ignore_eos=True))
+    first = simulation.scheduler.next()
+    simulation.scheduler.abort("a")
+    again = request("a", [4, 5], seed=2, max_tokens=2, ignore_eos=True)
+    simulation.scheduler.add(again)
+    assert simulation.scheduler.update(simulation.ranks.run(first)) == []
+    assert tokens_of(finish(simulation))["a", 0] == expected_tokens(again, 0, 64)
+    simulation.scheduler.check_idle()
+
+
+def test_aborting_the_unknown_is_nothing():
+    simulation = make()
+    simulation.scheduler.abort("nobody")
+    assert not simulation.scheduler.has_work
+
+
+def test_a_result_out_of_order_is_refused():
+    simulation = make()
+    simulation.scheduler.add(request("a", [2, 3], max_tokens=2))
+    batch = simulation.scheduler.next()
+    with pytest.raises(RuntimeError, match=f"step {batch.step + 1} with 1 tokens came where step {batch.step}"):
+        simulation.scheduler.update(StepResult(batch.step + 1, [4], [None]))
+
+
+def test_the_length_limits():
+    simulation = make(max_model_len=16)
+    simulation.scheduler.add(request("to the model's end", [2] * 10, seed=1, max_tokens=None, ignore_eos=True))
+    simulation.scheduler.add(request("cut", [3] * 10, seed=2, max_tokens=100, ignore_eos=True))
+    outputs = finish(simulation)
+    assert {key: len(tokens) for key, tokens in tokens_of(outputs).items()} == {
+        ("to the model's end", 0): 6,
+        ("cut", 0): 6,
+    }
+    assert all(output.finish_reason in (None, FinishReason.LENGTH) for output in outputs)
+
+
+def test_a_stop_token_is_named_and_an_end_token_is_not():
+    simulation = make()
+    everything = list(range(VOCAB_SIZE))
+    simulation.scheduler.add(request("stop", [2], max_tokens=5, stop_token_ids=everything, ignore_eos=True))
+    ends = request("end", [3], max_tokens=5)
+    ends.eos_token_ids = everything
+    simulation.scheduler.add(ends)
+    stopped, ended = sorted(finish(simulation), key=lambda output: output.request_id, reverse=True)
+    assert stopped.finish_reason == ended.finish_reason == FinishReason.STOP
+    assert stopped.stop_reason == stopped.token_ids[0] and ended.stop_reason is None
+
+
+def test_no_more_run_than_max_num_seqs():
+    simulation = make(max_num_seqs=3)
+    for i in range(9):
+        simulation.scheduler.add(request(f"r{i}", [i + 2], max_tokens=4, ignore_eos=True))
+    simulation.step()
+    assert len(simulation.scheduler.running) == 3 and len(simulation.scheduler.waiting) == 6
+    finish(simulation)
+    assert {seq for batch in simulation.batches for seq in batch.rows[:, SEQ].tolist()} == set(range(9))
