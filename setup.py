@@ -53,6 +53,12 @@ def native_build() -> dict:
             except Exception as error:
                 say_no_kernels(f"{type(error).__name__}: {error}".splitlines()[0])
 
+        def build_extension(self, ext) -> None:
+            try:
+                super().build_extension(ext)
+            except Exception as error:  # setuptools would turn it into a warning among others
+                say_no_kernels(f"{type(error).__name__}: {error}".splitlines()[0])
+
     # at::parallel_for is a header: without OpenMP in this build too, it silently runs on one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     # Vectors are passed to inlined functions only, so that their calling convention does not matter; GCC 12 warns of

@@ -1,16 +1,19 @@
 """LLM: the batch script's engine, with vLLM's names."""
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypedDict
 
 from tqdm import tqdm
 
 from infer.config import EngineConfig
 from infer.engine.loop import Engine
+from infer.engine.startup import check
 from infer.launch import RankEnv
-from infer.models.source import read_model, tokenizer_path
+from infer.models.source import tokenizer_path
 from infer.outputs import CompletionOutput, Logprob, RequestOutput
 from infer.process import Process
 from infer.request import Output, Request, SamplingParams, TokenLogprobs, check_prompt
@@ -54,7 +57,7 @@ class LLM:
         if self._process.engine_open:
             raise ValueError("an LLM is open in this process; call its close() before building another")
         config = EngineConfig.from_kwargs(model=model, **kwargs)
-        path, _ = read_model(config)  # a user's mistake is found before any rank is asked to build
+        path, _ = check(config, self._process.world.size, Path(sys.argv[0]).name)  # before any rank is asked
         self.tokenizer = Tokenizer.load(tokenizer_path(config, path))
         self._process.num_engines += 1
         number = self._process.num_engines

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ SCHEMAS = {
 }
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),

@@ -28,8 +28,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     frequency_penalty count generated tokens, repetition_penalty prompt and generated ones. seed: None draws a fresh
     one. stop: strings that end the text (not part of it unless include_stop_str_in_output). stop_token_ids end it too.
     min_tokens: no end or stop token before so many. logprobs: the k most likely tokens are reported with each token,
-    the drawn one always among them; prompt_logprobs the same for the prompt. logit_bias: token id -> added to its logit.
-    allowed_token_ids: nothing else can be drawn.
+    the drawn one always among them; prompt_logprobs the same for the prompt. logit_bias: token id -> added to its
+    logit. allowed_token_ids: nothing else can be drawn.
 
     Raises ValueError that names the field, its value and what would work.
     """
@@ -146,8 +146,8 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
 class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one step gave one choice of a request.
 
-    token_ids: the new tokens. logprobs: one entry a new token where asked for. prompt_logprobs: all of the prompt's, once
-    (choice 0, with its first token); entry 0 is None because the first token has no predecessor. finish_reason set: the
+    token_ids: the new tokens. logprobs: one entry a new token where asked for. prompt_logprobs: all of the prompt's,
+    once (choice 0, with its first token); entry 0 is None because the first token has no predecessor. finish_reason set: the
     choice is done; stop_reason is the stop token that ended it (None for an end-of-sequence token). error: a sentence,
     with finish_reason `error`.
     """

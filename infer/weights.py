@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +134,20 @@ class Checkpoint:
         return self._names[file]
 
 
+def check_weights(stage: nn.Module, checkpoint: Checkpoint) -> None:
+    """Whether the checkpoint has every tensor the stage is declared to be made from. Reads headers only."""
+    for _, spec in declared(stage):
+        for source in spec.sources:
+            checkpoint.check(source)
+
+
 def load_weights(stage: nn.Module, checkpoint: Checkpoint) -> None:
     """Fills every declared parameter with the blocks it is made of; nothing of other ranks is read.
 
     All of them are checked before the first is read, so that a wrong checkpoint fails in seconds.
     """
-    started, before = time.monotonic(), checkpoint.bytes_read
     parameters = list(declared(stage))
-    for _, spec in parameters:
-        for source in spec.sources:
-            checkpoint.check(source)
+    check_weights(stage, checkpoint)
     for parameter, spec in parameters:
         row = 0
         for source in spec.sources:
@@ -153,9 +156,6 @@ def load_weights(stage: nn.Module, checkpoint: Checkpoint) -> None:
             row += rows
     used = {source.name for _, spec in parameters for source in spec.sources}
     logger.debug("%d tensors of the checkpoint are not this rank's", len(checkpoint.names) - len(used))
-    logger.info(
-        "read %.3f GiB of weights in %.1f s", (checkpoint.bytes_read - before) / 2**30, time.monotonic() - started
-    )
 
 
 def init_dummy_weights(stage: nn.Module, seed: int) -> None:

@@ -17,7 +17,7 @@ VARIANTS = {  # job -> engine arguments that must not change a token
     "chunked prefill": {"max_num_batched_tokens": 16},
     "few blocks": {"num_gpu_blocks_override": 10},
     "few blocks, no prefix cache": {"num_gpu_blocks_override": 10, "enable_prefix_caching": False},
-    "few sequences": {"max_num_seqs": 3},
+    "few sequences": {"max_num_seqs": 6},
 }
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3, prompt_logprobs=2)
@@ -88,7 +88,7 @@ CASES: dict[str, SamplingParams] = {
         ignore_eos=False, n=2, logprobs=2, prompt_logprobs=1, seed=99,
     ),
 }  # fmt: skip
-MAX_MODEL_LEN = 128
+MAX_MODEL_LEN = 112
 SAME_PROMPT = ("seed", "seed again", "another seed", "temperature", "greedy", "stop", "stop included", "repetition_penalty")
 
 
@@ -109,10 +109,11 @@ def jobs(tp: int, pp: int, model_dirs: dict[str, Path]) -> list[Job]:
     found = []
     for name in MODELS:
         prompts = SMOLLM2_PROMPTS if name == "smollm2" else TINY_PROMPTS
-        llm = {**common, "model": str(model_dirs[name])}
+        threads = None if name == "smollm2" else 1
+        llm = {**common, "model": str(model_dirs[name]), "num_threads": threads}
         found.append(Job(name=name, llm=llm, runs=[Run(name="greedy", prompts=prompts, params=[GREEDY] * len(prompts))]))
     prompts, params = case_prompts(), list(CASES.values())
-    llama = {**common, "model": str(model_dirs["llama"])}
+    llama = {**common, "model": str(model_dirs["llama"]), "num_threads": 1}
     alone = Run(name="alone", prompts=prompts, params=params, alone=True)
     mixed = Run(name="mixed", prompts=prompts, params=params)
     found.append(Job(name="sampling", llm=llama, runs=[alone, mixed]))

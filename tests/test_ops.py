@@ -20,7 +20,7 @@ EPS = 1e-5
 
 
 def close(actual: Tensor, expected: Tensor, float32: float = 2e-6) -> None:
-    """Within `float32` absolutely and relatively, or within one and a half units of the last place of bfloat16."""
+    """Within `float32` absolutely and relatively, or within about one and a half units of bfloat16's last place."""
     tolerance = float32 if expected.dtype == torch.float32 else 1.2e-2
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
@@ -70,7 +70,10 @@ def test_rms_norm_reference_is_torchs(dtype):
 def test_act_and_mul_equals_its_reference(shape, kind, dtype):
     torch.manual_seed(0)
     x = (torch.randn(shape) * 4).to(dtype)
-    close(ops.act_and_mul(x, kind), ops.act_and_mul_reference(x, kind))
+    # torch's own vectorized erf is off by 1e-7 absolutely, which is much in the tail: in float32, ask it in float64.
+    exact = ops.act_and_mul_reference(x.double(), kind).to(dtype)
+    close(ops.act_and_mul(x, kind), exact if dtype == torch.float32 else ops.act_and_mul_reference(x, kind))
+    close(ops.act_and_mul_reference(x, kind), exact, float32=5e-6)
 
 
 @needs_native
@@ -476,8 +479,6 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
     assert "is out of date: it lacks rms_norm(Tensor x" in ops._load_library(ops._library_path())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("make") is None, reason="a stand-in for a machine's build tools")
 def test_setup_survives_a_failing_compiler(tmp_path):
     root = Path(ops.__file__).parents[1]
     for name in ("setup.py", "kernels", "infer"):

@@ -177,6 +177,7 @@ PARAMETERS = {
     "min_p 1": {"min_p": 1.0},
     "all truncations": {"top_k": 20, "top_p": 0.9, "min_p": 0.02, "temperature": 1.3},
     "top_p of min_p": {"top_p": 0.8, "min_p": 0.05, "temperature": 1.5},
+    "top_p of top_k, whole rows": {"top_p": 0.3, "top_k": 60, "temperature": 4.0, "logprobs": 1},
     "top_p, hot": {"top_p": 0.95, "temperature": 4.0},
     "presence": {"presence_penalty": 1.5},
     "frequency": {"frequency_penalty": 1.2, "temperature": 0.0},
@@ -277,6 +278,16 @@ def test_a_wide_vocabulary_passes_every_prefix():
     expected = [reference_token(x, row) for x, row in zip(logits, rows, strict=True)]
     assert sample(logits, rows).token_ids == expected
     assert sample(logits, rows, [0, 100, 3003, 6000]).token_ids == expected
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.5}, {"top_k": 40, "logprobs": 0}, {"top_k": 40}], ids=str)
+def test_top_p_is_a_share_of_what_the_others_leave(options, monkeypatch):
+    """40 of 100 tokens are left, of which top_p 0.4 is the first 16; of all it would be 23, in the prefix too."""
+    monkeypatch.setattr(draw_module, "PREFIXES", (32,))
+    logits = torch.zeros(200, 100)
+    logits[:, 40:] = math.log(0.3)
+    rows = [make_row(SamplingParams(top_p=0.4 - 1e-9, **options), seed=i) for i in range(200)]
+    assert set(sample(logits, rows).token_ids) == set(range(16))
 
 
 # ---------------------------------------------------------------- noise and its distribution

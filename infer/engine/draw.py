@@ -174,9 +174,10 @@ def draw(values: Tensor, ids: Tensor, draws: Draws, mass: Tensor, whole: bool) -
     """Draws from the candidates that min_p, top_k and top_p leave, each relative to what the one before left.
 
     values: float32 [rows, m], ids: int64 [rows, m]: the m largest logits in `largest`'s order. mass: float64 [rows],
-    from `surviving_mass`, used only where all m survive min_p and top_k. whole: whether the candidates are all there
-    are. Returns int64 tokens [rows] (-1 where the largest logit is not finite) and bool [rows]: whether the m
-    candidates were enough to decide; the token means nothing where they were not.
+    used only where all m survive min_p and top_k: what survives in the whole row, from `surviving_mass`, or inf where
+    that is not known. whole: whether there are no other candidates. Returns int64 tokens [rows] (-1 where the largest
+    logit is not finite) and bool [rows]: whether the m candidates were enough to decide; the token means nothing where
+    they were not.
     """
     scaled = (values - values[:, :1]) / draws.temperature[:, None]
     place = torch.arange(values.shape[-1], device=values.device)
@@ -197,15 +198,11 @@ def draw(values: Tensor, ids: Tensor, draws: Draws, mass: Tensor, whole: bool) -
 
 
 def surviving_mass(logits: Tensor, draws: Draws) -> Tensor:
-    """The sum over a float32 row of exp((logit - largest) / temperature) of what min_p leaves: float64 [rows].
-
-    inf where top_k is on, whose survivors only a longer list of candidates can tell.
-    """
+    """The sum over a float32 row of exp((logit - largest) / temperature) of what min_p leaves: float64 [rows]."""
     scaled = (logits - logits.amax(-1, keepdim=True)).div_(draws.temperature[:, None])
     if bool((draws.log_min_p > -math.inf).any()):
         scaled.masked_fill_(scaled < draws.log_min_p[:, None], -math.inf)
-    mass = scaled.exp_().sum(-1, dtype=torch.float64)
-    return mass.masked_fill_(draws.top_k < logits.shape[-1], math.inf)
+    return scaled.exp_().sum(-1, dtype=torch.float64)
 
 
 def draw_from_rows(logits: Tensor, draws: Draws) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from infer.request import SamplingParams
 
-# Extreme penalties end here rather than at infinity, where a valid row could no longer be told from a broken one.
-_LIMIT = 1e30
+# The smallest repetition_penalty that is applied as it is. Under it, float32 would make a sound row's logits infinite,
+# which is how a broken row looks.
 _SMALLEST_DIVISOR = 1e-30
 
 
@@ -174,8 +174,7 @@ def _penalize(logits: Tensor, rows: list[SampleRow], start: int) -> None:
         index, (repetition, subtracted) = entries.tensors(logits.device)
         flat = logits.view(-1)
         before = flat[index]
-        after = torch.where(before > 0, before / repetition, before * repetition) - subtracted
-        flat[index] = torch.where(before.isfinite(), after.clamp(-_LIMIT, _LIMIT), before)
+        flat[index] = torch.where(before > 0, before / repetition, before * repetition) - subtracted
 
 
 def _ids(tokens: Iterable[int]) -> NDArray[np.int64]:

@@ -21,9 +21,10 @@ from infer.layers.attention import ForwardContext
 from infer.models.config import ModelConfig
 from infer.models.decoder import Stage, balanced_layers
 from infer.models.source import read_model
-from infer.parallel.groups import Groups, World
+from infer.parallel.groups import Groups, World, alone
+from infer.parallel.placement import check_tensor_parallel
 from infer.parallel.topology import Topology
-from infer.weights import Checkpoint, init_dummy_weights, load_weights
+from infer.weights import Checkpoint, check_weights, init_dummy_weights, load_weights
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -138,6 +139,7 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
     topology = Topology.resolve(world.size, config.tensor_parallel_size, config.pipeline_parallel_size)
     path, model_config = phases.run("reading the model's config", lambda: read_model(config))
     max_model_len = config.max_model_len or model_config.max_position
+    model_config = dataclasses.replace(model_config, max_position=max_model_len)  # no larger rotary table than needed
     groups = phases.run(
         "connecting ranks", lambda: Groups(world, topology, config.distributed_timeout_seconds).warm_up()
     )
@@ -165,6 +167,26 @@ def _make_runner(
     )
     sampler = Sampler(groups.tp, stage.vocab_starts) if groups.is_last_stage else None
     return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device)
+
+
+def check(config: EngineConfig, world_size: int, program: str) -> tuple[Path, ModelConfig]:
+    """Finds what is wrong with a config, a layout or a checkpoint before any rank builds anything, on rank 0 alone.
+
+    program: as Topology.resolve has it. Raises ValueError.
+    """
+    topology = Topology.resolve(world_size, config.tensor_parallel_size, config.pipeline_parallel_size, program)
+    path, model_config = read_model(config)
+    layers = balanced_layers(model_config, topology.pp_size, config.pipeline_layer_partition)
+    check_tensor_parallel(model_config, topology.tp_size)
+    if config.load_format != "dummy":
+        checkpoint = Checkpoint(path)
+        for pp, mine in enumerate(layers):
+            stage = Stage(
+                model_config, mine, alone(), is_first=pp == 0, is_last=pp == topology.pp_size - 1,
+                dtype=torch.float32, device=torch.device("meta"),
+            )  # fmt: skip
+            check_weights(stage, checkpoint)
+    return path, model_config
 
 
 def set_threads(config: EngineConfig, env: launch.RankEnv) -> None:
@@ -242,6 +264,8 @@ def _peak_bytes(world: World, config: EngineConfig, model_config: ModelConfig, s
 def _agree_on_blocks(config: EngineConfig, groups: Groups, stage: Stage, spare: int, max_model_len: int) -> int:
     """The number of blocks that every rank has room for, each by its own bytes per token. Raises ValueError."""
     num_blocks = config.num_gpu_blocks_override or spare // (stage.kv_bytes_per_token * config.block_size)
+    if groups.world.rank == 0 and not config.num_gpu_blocks_override:
+        logger.info("Available KV cache memory: %.2f GiB", spare / 2**30)
     num_blocks = groups.all.min(num_blocks)
     tightest = -groups.all.min(-stage.kv_bytes_per_token)
     pages.check_fits(

@@ -102,25 +102,26 @@ def decoder_config(
     num_kv_heads, head_dim: the family's defaults where config.json has none (None: num_attention_heads, and
     hidden_size / num_attention_heads). window: per layer (None: no layer has one).
     """
-    num_heads, hidden_size, num_layers = f.int("num_attention_heads"), f.int("hidden_size"), f.int("num_hidden_layers")
-    num_kv_heads = f.int("num_key_value_heads", num_kv_heads or num_heads)
+    num_layers, hidden_size = f.count("num_hidden_layers"), f.count("hidden_size")
+    num_heads = f.count("num_attention_heads")
+    num_kv_heads = f.count("num_key_value_heads", num_kv_heads or num_heads)
     if num_heads % num_kv_heads:
         raise f.error("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
     if head_dim is None and hidden_size % num_heads and f.get("head_dim") is None:
         raise f.error("hidden_size", f"must be a multiple of num_attention_heads ({num_heads}), or head_dim be given")
-    head_dim = f.int("head_dim", head_dim or hidden_size // num_heads)
+    head_dim = f.count("head_dim", head_dim or hidden_size // num_heads)
     if head_dim % 2:
         raise f.error("head_dim", "must be even: rotary embedding turns pairs of dimensions")
-    max_position = f.int("max_position_embeddings")
+    max_position = f.count("max_position_embeddings")
     return ModelConfig(
         architecture=architecture_of(f),
-        vocab_size=f.int("vocab_size"),
+        vocab_size=f.count("vocab_size"),
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=f.int("intermediate_size"),
+        intermediate_size=f.count("intermediate_size"),
         norm_eps=f.number("rms_norm_eps", 1e-6),
         rope=read_rope(f, head_dim, max_position),
         max_position=max_position,
@@ -150,8 +151,8 @@ def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
 
 def _original_max_position(f: Fields, r: Fields, max_position: int) -> int:
     """The length before scaling. One beside the rotary section, as some checkpoints have it, wins over one inside."""
-    inside = r.int("original_max_position_embeddings", max_position)
-    return f.int("original_max_position_embeddings", inside)
+    inside = r.count("original_max_position_embeddings", max_position)
+    return f.count("original_max_position_embeddings", inside)
 
 
 def _default_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:

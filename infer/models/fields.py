@@ -28,7 +28,7 @@ class Fields:
         state = "is missing; it " if value is None else f"is {value!r}; it "
         return ValueError(f"{self.file}: {self.prefix}{name} {state}{wanted}")
 
-    def int(self, name: str, default: "int | None" = None) -> "int":
+    def count(self, name: str, default: int | None = None) -> int:
         """An integer of at least 1, or the default."""
         value = self.get(name)
         if value is None and default is not None:

@@ -16,8 +16,8 @@ def read_qwen3(f: Fields) -> ModelConfig:
 def _window(f: Fields) -> tuple[int, ...]:
     """sliding_window counts only with use_sliding_window, and in the layers that layer_types names, else in those from
     max_window_layers on (the name notwithstanding)."""
-    num_layers, first = f.int("num_hidden_layers"), f.get("max_window_layers")
-    size = f.int("sliding_window", 4096) if f.flag("use_sliding_window", False) else 0
+    num_layers, first = f.count("num_hidden_layers"), f.get("max_window_layers")
+    size = f.count("sliding_window", 4096) if f.flag("use_sliding_window", False) else 0
     kinds = f.get("layer_types")
     if kinds is None:
         first = 28 if first is None else first

@@ -12,25 +12,26 @@ class Topology:
 
     @classmethod
     def resolve(
-        cls, world_size: int, tp_size: int | None, pp_size: int, command: str = "infer.serve ..."
+        cls, world_size: int, tp_size: int | None, pp_size: int, program: str = "-m infer.serve ..."
     ) -> "Topology":
         """Checks the sizes against torchrun's world. tp_size None is world / pp.
 
-        Raises ValueError with a launch line that would work.
+        program: what follows `python` or torchrun's options on the command line. Raises ValueError with a line that
+        would work.
         """
         if tp_size is None:
             if world_size % pp_size:
                 raise ValueError(
                     f"{world_size} ranks cannot form {pp_size} pipeline stages of equal size; start a multiple of "
-                    f"{pp_size} ranks, for example: torchrun --nproc-per-node {pp_size} -m {command} -pp {pp_size}"
+                    f"{pp_size} ranks: {_launch(pp_size)} {program}"
                 )
             tp_size = world_size // pp_size
-        if tp_size * pp_size != world_size:
-            launch = "python" if tp_size * pp_size == 1 else f"torchrun --nproc-per-node {tp_size * pp_size}"
+        needed = tp_size * pp_size
+        if needed != world_size:
             raise ValueError(
-                f"tensor_parallel_size {tp_size} x pipeline_parallel_size {pp_size} needs {tp_size * pp_size} ranks, "
-                f"but {world_size} {'is' if world_size == 1 else 'are'} running; "
-                f"this works: {launch} -m {command} -tp {tp_size} -pp {pp_size}"
+                f"tensor_parallel_size {tp_size} x pipeline_parallel_size {pp_size} needs {needed} "
+                f"rank{'s' if needed > 1 else ''}, but {world_size} {'is' if world_size == 1 else 'are'} running; "
+                f"this works: {_launch(needed)} {program}"
             )
         return cls(tp_size, pp_size)
 
@@ -53,3 +54,7 @@ class Topology:
     def sampler_rank(self) -> int:
         """The rank that draws tokens: tensor-parallel rank 0 of the last stage."""
         return self.rank(self.pp_size - 1, 0)
+
+
+def _launch(num_ranks: int) -> str:
+    return "python" if num_ranks == 1 else f"torchrun --nproc-per-node {num_ranks}"

@@ -7,6 +7,7 @@
 import logging
 import os
 import queue
+import shlex
 import signal
 import sys
 import time
@@ -72,16 +73,13 @@ class Server:
 
     def run(self) -> None:
         """Serves until the process is told to end. Raises ValueError for what the user can mend."""
-        # Everything cheap is checked before anything is loaded: layout, config, tokenizer, port.
+        from infer.engine.startup import check
         from infer.hub import served_name
-        from infer.models.source import read_model, tokenizer_path
-        from infer.parallel.topology import Topology
+        from infer.models.source import tokenizer_path
 
-        command = f"infer.serve --model {self._config.model}"
-        Topology.resolve(
-            self._env.world_size, self._config.tensor_parallel_size, self._config.pipeline_parallel_size, command
-        )
-        model_path, _ = read_model(self._config)
+        program = f"-m infer.serve {shlex.join(sys.argv[1:])}"
+        # All that can be wrong with what the user gave, the port too, is found before anything is loaded.
+        model_path, _ = check(self._config, self._env.world_size, program)
         self._paths = model_path, tokenizer_path(self._config, model_path)
         self._name = self._server.served_model_name or served_name(self._config.model)
         self._handle = self._start_frontend()

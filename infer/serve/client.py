@@ -26,6 +26,7 @@ from infer.serve.schema import ApiError
 
 # What may wait for a client that reads too slowly: tokens and log-probabilities, some 100 bytes each.
 MAX_PENDING_ENTRIES = 1 << 16
+DISCONNECT_S = 1.0
 
 logger = logging.getLogger("infer.frontend")
 
@@ -101,6 +102,8 @@ class EngineClient:
         self.lost = asyncio.Event()  # set once, when an engine that was connected is gone
         self.lost_reason = ""
         self._writer: asyncio.StreamWriter | None = None
+        self._idle = asyncio.Event()  # set while no engine is connected
+        self._idle.set()
         self._jobs: dict[str, Job] = {}
 
     def ready(self) -> Hello:
@@ -145,6 +148,7 @@ class EngineClient:
             writer.close()
             return
         self._writer = writer
+        self._idle.clear()
         reason = "the engine has ended"
         try:
             while True:
@@ -165,6 +169,7 @@ class EngineClient:
             self._writer = None
             writer.close()
             self.fail_all(reason)
+            self._idle.set()
 
     def _receive(self, message: Message) -> None:
         match message:
@@ -203,9 +208,18 @@ class EngineClient:
             self.lost_reason = reason
             self.lost.set()
 
-    def say_goodbye(self, reason: str) -> None:
-        """Tells the engine that this process is going to end."""
+    async def disconnect(self, reason: str) -> None:
+        """Tells the engine, if one is connected, that this process is going to end, and waits for serve() to return."""
+        if self._writer is None:
+            return
         self._send(Bye(reason=reason))
+        self._writer.close()  # writes what is queued first
+        try:
+            async with asyncio.timeout(DISCONNECT_S):
+                await self._idle.wait()
+        except TimeoutError:  # the engine reads nothing any more
+            self._writer.transport.abort()
+            await self._idle.wait()
 
 
 def _is_same_user(writer: asyncio.StreamWriter) -> bool:

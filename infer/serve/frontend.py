@@ -137,10 +137,10 @@ class Frontend:
             task.cancel()
         for server in servers:
             server.close()
-        self._client.say_goodbye(self._reason)
         self._client.fail_all(self._reason)
-        await self._drain(runner, api)
         engine_server.close()
+        await self._client.disconnect(self._reason)
+        await self._drain(runner, api)
         return self._status
 
     def _end(self, reason: str, status: int) -> None:
@@ -220,7 +220,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+        level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(asctime)s [%(name)s] %(message)s",
+        datefmt="%H:%M:%S",
     )
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # what it calls errors are clients' malformed requests
     os.umask(0o077)  # the socket is for this user alone

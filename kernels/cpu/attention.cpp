@@ -170,10 +170,10 @@ class Plan {
 
 using Memory = std::unique_ptr<float[], void (*)(float*)>;
 
-Memory aligned_zeros(int64_t count) {
+// `count` floats that begin a cache line.
+Memory aligned_memory(int64_t count) {
   constexpr std::align_val_t alignment{64};
   float* memory = static_cast<float*>(::operator new(count * sizeof(float), alignment));
-  std::fill_n(memory, count, 0.0f);
   return {memory, [](float* p) { ::operator delete(p, alignment); }};
 }
 
@@ -184,7 +184,7 @@ void run(const Attention<T>& attention, const Plan& plan) {
   std::atomic<int64_t> next{0};
   // The range only says how many threads run: each takes the next task until none is left, so that all end together.
   at::parallel_for(0, std::min<int64_t>(num_tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const Memory memory = aligned_zeros(AttentionScratch::size(plan.max_queries, attention.dim));
+    const Memory memory = aligned_memory(AttentionScratch::size(plan.max_queries, attention.dim));
     const AttentionScratch scratch(memory.get(), plan.max_queries, attention.dim);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
       attend(attention, plan.tasks[i], scratch);
@@ -219,7 +219,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_pages, const
   const HeadGroups groups(data<int32_t>(kv_map), shape.num_q, shape.num_kv);
   Plan plan(shape, groups, block_table, data<int32_t>(query_start), data<int32_t>(seq_lens), window);
   at::Tensor out = plan.covers_every_row ? at::empty(q.sizes(), q.options()) : at::zeros(q.sizes(), q.options());
-  const Memory partials = aligned_zeros(plan.partial_size);
+  const Memory partials = aligned_memory(plan.partial_size);
   plan.place_partials(partials.get());
   for_dtype(op, q.scalar_type(), [&](auto type) {
     using T = decltype(type);

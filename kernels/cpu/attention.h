@@ -1,7 +1,9 @@
 // What the paged attention kernel is given; shared by attention.cpp and every build of attention_kernel.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace infer {
 
@@ -47,7 +49,7 @@ struct AttentionScratch {
   float *maximum, *weight;    // [queries]
   float *k, *k_transposed;    // [tile_keys, padded_dim], [padded_dim, tile_keys]
   float* v;                   // [tile_keys, padded_dim]
-  const float* zero;          // [padded_dim]
+  float* zero;                // [padded_dim], zeros; the rest is written before it is read
 
   static int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
@@ -56,7 +58,7 @@ struct AttentionScratch {
     return queries * (2 * columns + tile_keys) + 2 * padded_queries + 3 * tile_keys * columns + columns;
   }
 
-  // Over `memory`, size(queries, dim) zeros aligned to 64 bytes: padding stays zero.
+  // Over `memory`, size(queries, dim) floats.
   AttentionScratch(float* memory, int64_t queries, int64_t dim) {
     const int64_t columns = padded(dim), padded_queries = padded(queries);
     const auto take = [&memory](int64_t count) { return std::exchange(memory, memory + count); };
@@ -69,6 +71,7 @@ struct AttentionScratch {
     k_transposed = take(tile_keys * columns);
     v = take(tile_keys * columns);
     zero = take(columns);
+    std::fill_n(zero, columns, 0.0f);
   }
 };
 

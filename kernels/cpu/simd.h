@@ -173,16 +173,21 @@ INFER_INLINE VFloat tanh(VFloat x) {
   return square < 0.04f ? narrow : wide;
 }
 
-// The normal distribution function, by Abramowitz and Stegun 7.1.26 (absolute error under 1e-7).
+// The normal distribution function erfc(-x / sqrt 2) / 2, with erfc by the Chebyshev fit of Numerical Recipes (6.2).
 INFER_INLINE VFloat normal_cdf(VFloat x) {
   const VFloat z = (x < 0.0f ? -x : x) * 0.70710678f;
-  const VFloat t = 1.0f / (1.0f + 0.3275911f * z);
-  VFloat p = splat(1.061405429f);
-  p = p * t - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = p * t + 0.254829592f;
-  const VFloat tail = 0.5f * p * t * exp(-z * z);
+  const VFloat t = 1.0f / (1.0f + 0.5f * z);
+  VFloat p = splat(0.17087277f);
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const VFloat tail = 0.5f * t * exp(p - z * z);
   return x < 0.0f ? tail : 1.0f - tail;
 }
 

@@ -124,18 +124,21 @@ class FakeEngine:
             self._running[request_id, index] = (request, done + count)
         else:
             del self._running[request_id, index]
-        first_prompt = index == 0 and done == 0 and params.prompt_logprobs is not None
+        prompt_logprobs = None
+        if index == 0 and done == 0 and params.prompt_logprobs is not None:
+            prompt_logprobs = [None, *(logprobs(token, params.prompt_logprobs) for token in prompt[1:])]
         return Output(
             request_id=request_id, index=index, token_ids=tokens, finish_reason=finish, num_cached_tokens=1,
             logprobs=None if params.logprobs is None else [logprobs(token, params.logprobs) for token in tokens],
-            prompt_logprobs=[None, *(logprobs(t, params.prompt_logprobs) for t in prompt[1:])] if first_prompt else None,
+            prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
 
 
 def logprobs(token: int, k: int) -> TokenLogprobs:
     """The drawn token is always the most likely one, and stands among the k most likely again."""
     likely = [token, *(10 + i for i in range(k) if 10 + i != token)][:k]
-    return TokenLogprobs([token, *likely], [-0.5, *(-0.5 - i for i in range(len(likely)))], [1, *range(1, len(likely) + 1)])
+    ranks = range(len(likely))
+    return TokenLogprobs([token, *likely], [-0.5, *(-0.5 - i for i in ranks)], [1, *(i + 1 for i in ranks)])
 
 
 @contextlib.contextmanager

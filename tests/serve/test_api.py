@@ -133,7 +133,8 @@ def test_prompt_logprobs(client, tokenizer):
 
 
 def test_chat(client, served, tokenizer):
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    parts = [{"type": "text", "text": "hi"}]
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
     reply = client.chat.completions.create(model=MODEL, messages=messages, max_completion_tokens=4)
     text = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert served[1].requests[-1].prompt_token_ids == tokenizer.encode(text, add_special_tokens=False)

@@ -81,7 +81,8 @@ def run_workload(llm: LLM, work: Workload) -> WorkloadResult:
     """Requests that arrive over time, some of which share a beginning; aborts fall at random moments."""
     rng = random.Random(work.seed)
     requests = [random_request(rng, str(i), llm.engine.model_config.vocab_size) for i in range(work.num_requests)]
-    doomed = rng.sample([request.request_id for request in requests], work.num_aborts)
+    doomed = set(rng.sample([request.request_id for request in requests], work.num_aborts))
+    patient = {name for name in sorted(doomed) if rng.random() < 0.5}  # aborted only once they have a token
     result = WorkloadResult(
         tokens={request.request_id: [[] for _ in range(request.params.n)] for request in requests},
         finish={request.request_id: [None] * request.params.n for request in requests},
@@ -89,18 +90,20 @@ def run_workload(llm: LLM, work: Workload) -> WorkloadResult:
         max_tokens={request.request_id: request.params.max_tokens or 0 for request in requests},
     )
     engine, arrived, step = llm.engine, 0, 0
+    submitted: set[str] = set()
     while arrived < len(requests) or engine.has_work:
         for request in requests[arrived : arrived + rng.randrange(0, 25)]:
             engine.submit(request)
+            submitted.add(request.request_id)
             arrived += 1
-        if doomed and arrived and rng.random() < 0.5:
-            submitted = {request.request_id for request in requests[:arrived]}
-            victim = next((name for name in doomed if name in submitted), None)
-            if victim is not None:
-                doomed.remove(victim)
-                if None in result.finish[victim]:  # a request that has ended cannot be aborted any more
-                    engine.abort(victim)
-                    result.aborted.append(victim)
+        for victim in rng.sample(sorted(doomed), min(3, len(doomed))):
+            started = any(result.tokens[victim])
+            if victim not in submitted or (victim in patient and not started):
+                continue
+            doomed.remove(victim)
+            if None in result.finish[victim]:  # one that has ended cannot be aborted any more
+                engine.abort(victim)
+                result.aborted.append(victim)
         if engine.has_work:
             for output in engine.step():
                 take(result, output)
