@@ -16,7 +16,7 @@ from infer.launch import RankEnv
 from infer.models.source import tokenizer_path
 from infer.outputs import CompletionOutput, Logprob, RequestOutput
 from infer.process import Process
-from infer.request import Output, Request, SamplingParams, TokenLogprobs, check_prompt
+from infer.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs, check_prompt
 from infer.serve.text import TextStream, Tokenizer
 
 
@@ -201,7 +201,7 @@ class LLM:
         job.output.num_cached_tokens = max(job.output.num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             job.output.prompt_logprobs = [self._logprobs(entry) for entry in output.prompt_logprobs]
-        stream.append(output.token_ids)
+        stream.append(output.token_ids, stopped=output.finish_reason is FinishReason.STOP)
         choice.token_ids += output.token_ids
         if choice.logprobs is not None:
             choice.logprobs += [self._logprobs(entry) or {} for entry in output.logprobs or []]

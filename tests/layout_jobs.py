@@ -17,7 +17,6 @@ VARIANTS = {  # job -> engine arguments that must not change a token
     "chunked prefill": {"max_num_batched_tokens": 16},
     "few blocks": {"num_gpu_blocks_override": 10},
     "few blocks, no prefix cache": {"num_gpu_blocks_override": 10, "enable_prefix_caching": False},
-    "few sequences": {"max_num_seqs": 6},
 }
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3, prompt_logprobs=2)
@@ -104,16 +103,15 @@ def jobs(tp: int, pp: int, model_dirs: dict[str, Path]) -> list[Job]:
     """All jobs of the world of tp x pp ranks."""
     common = {
         "dtype": "float32", "tensor_parallel_size": tp, "pipeline_parallel_size": pp, "max_model_len": MAX_MODEL_LEN,
-        "num_gpu_blocks_override": 256, "disable_log_stats": True,
+        "num_gpu_blocks_override": 256, "disable_log_stats": True, "num_threads": 1,
     }  # fmt: skip
     found = []
     for name in MODELS:
         prompts = SMOLLM2_PROMPTS if name == "smollm2" else TINY_PROMPTS
-        threads = None if name == "smollm2" else 1
-        llm = {**common, "model": str(model_dirs[name]), "num_threads": threads}
+        llm = {**common, "model": str(model_dirs[name])}
         found.append(Job(name=name, llm=llm, runs=[Run(name="greedy", prompts=prompts, params=[GREEDY] * len(prompts))]))
     prompts, params = case_prompts(), list(CASES.values())
-    llama = {**common, "model": str(model_dirs["llama"]), "num_threads": 1}
+    llama = {**common, "model": str(model_dirs["llama"])}
     alone = Run(name="alone", prompts=prompts, params=params, alone=True)
     mixed = Run(name="mixed", prompts=prompts, params=params)
     found.append(Job(name="sampling", llm=llama, runs=[alone, mixed]))

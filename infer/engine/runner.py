@@ -38,23 +38,21 @@ class Mirror:
         self.num_tokens = 0
         self.blocks = np.zeros(8, dtype=np.int32)
         self.num_blocks = 0
+        self._row: SampleRow | None = None
 
     def extend(self, tokens: np.ndarray, blocks: np.ndarray) -> None:
         self.tokens, self.num_tokens = _append(self.tokens, self.num_tokens, tokens)
         self.blocks, self.num_blocks = _append(self.blocks, self.num_blocks, blocks)
 
     def sample_row(self) -> SampleRow:
-        """The row for the token that follows all known ones."""
+        """The row for the token that follows all known ones; one object for life, as it counts what it has seen."""
         d, at = self.description, self.description.num_prompt_tokens
-        return SampleRow(
-            params=d.params,
-            seed=d.seed,
-            choice=d.choice,
-            position=self.num_tokens,
-            prompt_token_ids=self.tokens[:at],
-            output_token_ids=self.tokens[at : self.num_tokens],
-            eos_token_ids=d.eos_token_ids,
-        )
+        if self._row is None:
+            prompt = self.tokens[:at].copy()
+            self._row = SampleRow(d.params, d.seed, d.choice, at, prompt, self.tokens[at:at], d.eos_token_ids)
+        self._row.position = self.num_tokens
+        self._row.output_token_ids = self.tokens[at : self.num_tokens]
+        return self._row
 
 
 def _append(array: np.ndarray, length: int, more: np.ndarray) -> tuple[np.ndarray, int]:

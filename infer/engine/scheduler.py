@@ -377,7 +377,7 @@ class Scheduler:
             request_id=sequence.request.request_id,
             index=sequence.choice,
             finish_reason=FinishReason.ERROR,
-            error="the model produced values that are not finite for this request",
+            error="no token could be drawn: the model's values were not finite, or the parameters leave no token",
         )
 
     def _end(self, sequence: Sequence) -> None:

@@ -38,7 +38,8 @@ struct AttentionTask {
   int64_t row_begin, row_end;  // rows of q
   int64_t first_position;      // of row_begin
   int64_t key_begin, key_end;
-  float* partial;  // null: write to out. Else this chunk's queries, each `dim` unnormalized sums, maximum, sum of weights
+  // Null: write to out. Else room for the chunk's queries, each `dim` unnormalized sums, maximum and sum of weights.
+  float* partial;
 
   int64_t num_queries() const { return (row_end - row_begin) * num_heads; }
 };

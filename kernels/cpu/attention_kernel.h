@@ -27,7 +27,7 @@ INFER_INLINE void prefetch(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(row + d);
 }
 
-// Points rows[j] at key tile + j for the keys in [begin, end), and at zeros for the others. Blocks outside are not read.
+// Points rows[j] at key tile + j for the keys in [begin, end), and at zeros for the others, whose blocks may be gone.
 template <class T>
 INFER_INLINE void locate_rows(const Attention<T>& a, const AttentionTask& task, const Pages<T>& pages, int64_t tile,
                               int64_t begin, int64_t end, const float* zero, const T** rows) {

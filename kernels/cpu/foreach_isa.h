@@ -1,5 +1,6 @@
-// Compiles the header named by INFER_KERNEL once per instruction set, each in a namespace of its own: infer::portable
-// (128-bit vectors: SSE2 or NEON), and on x86-64 also infer::avx2 and infer::avx512. INFER_SELECT picks one at run time.
+// Compiles the header named by INFER_KERNEL once per instruction set, each in a namespace of its own (the scheme is
+// Highway's): infer::portable (128-bit vectors: SSE2 or NEON), and on x86-64 also infer::avx2 and infer::avx512.
+// INFER_SELECT picks one at run time.
 //
 // Every function of such a header carries INFER_TARGET (INFER_INLINE includes it): GCC splits vectors wider than the
 // function's own target before it inlines, so that a helper without the attribute would be slow in all builds.

@@ -69,7 +69,7 @@ def test_many_prompts_of_every_form(client, tokenizer):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_string_across_tokens(client, served, stream, include):
-    served[1].tokens_per_step = 4
+    served[1].tokens_per_step, served[1].delay = 4, 0.05  # slow enough to be stopped before it ends by itself
     asked: dict[str, Any] = {
         "model": MODEL, "prompt": "abc XYZ def", "max_tokens": 100, "stop": ["nope", "YZ d"], "n": 2,
         "extra_body": {"include_stop_str_in_output": include},
