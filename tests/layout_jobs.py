@@ -15,8 +15,8 @@ NUM_REQUESTS, NUM_ABORTS = 300, 80
 VARIANTS = {  # job -> engine arguments that must not change a token
     "no prefix cache": {"enable_prefix_caching": False},
     "chunked prefill": {"max_num_batched_tokens": 16},
-    "few blocks": {"num_gpu_blocks_override": 10},
-    "few blocks, no prefix cache": {"num_gpu_blocks_override": 10, "enable_prefix_caching": False},
+    "few blocks": {"num_gpu_blocks_override": 8},
+    "few blocks, no prefix cache": {"num_gpu_blocks_override": 8, "enable_prefix_caching": False},
 }
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3, prompt_logprobs=2)
@@ -31,8 +31,11 @@ LETTERS = list("aeiou")
 STOP_IDS = list(range(3, VOCAB_SIZE, 7))
 
 
+MAX_TOKENS = 8  # of a case that says nothing else
+
+
 def _case(**params: object) -> SamplingParams:
-    defaults = {"max_tokens": 12, "seed": 1, "ignore_eos": True}
+    defaults = {"max_tokens": MAX_TOKENS, "seed": 1, "ignore_eos": True}
     return SamplingParams(**{**defaults, **params})
 
 
@@ -53,7 +56,7 @@ CASES: dict[str, SamplingParams] = {
     "largest seed": _case(seed=2**63 - 1),
     "presence_penalty": _case(temperature=0.0, presence_penalty=2.0, logit_bias={20: 14.0}),
     "frequency_penalty": _case(temperature=0.0, frequency_penalty=2.0, logit_bias={20: 14.0}),
-    "negative frequency_penalty": _case(temperature=0.0, frequency_penalty=-2.0, max_tokens=20),
+    "negative frequency_penalty": _case(temperature=0.0, frequency_penalty=-2.0, max_tokens=16),
     "repetition_penalty": _case(temperature=0.0, repetition_penalty=1.9),
     "penalties at random": _case(presence_penalty=0.5, frequency_penalty=0.7, repetition_penalty=1.2),
     "logit_bias forces": _case(logit_bias={17: 100.0}),
@@ -87,7 +90,7 @@ CASES: dict[str, SamplingParams] = {
         ignore_eos=False, n=2, logprobs=2, prompt_logprobs=1, seed=99,
     ),
 }  # fmt: skip
-MAX_MODEL_LEN = 112
+MAX_MODEL_LEN = 96
 SAME_PROMPT = ("seed", "seed again", "another seed", "temperature", "greedy", "stop", "stop included", "repetition_penalty")
 
 

@@ -8,6 +8,7 @@ from layout_jobs import (
     LAYOUTS,
     LETTERS,
     MAX_MODEL_LEN,
+    MAX_TOKENS,
     NUM_ABORTS,
     NUM_REQUESTS,
     STOP_IDS,
@@ -15,6 +16,7 @@ from layout_jobs import (
     WORKLOAD_LAYOUTS,
     case_prompts,
 )
+from tokenizers import Tokenizer
 
 TOLERANCE = 5e-4
 
@@ -152,7 +154,7 @@ def test_penalties(tokens):
 
 
 def test_logit_bias(tokens):
-    assert tokens["logit_bias forces"] == [17] * 12
+    assert tokens["logit_bias forces"] == [17] * MAX_TOKENS
     assert min(tokens["logit_bias bans"]) >= 900
 
 
@@ -171,11 +173,13 @@ def test_stop_strings(standard, texts):
     assert len(late.token_ids) > 9 and late.stop_reason in LETTERS
 
 
-def test_stop_token_ids(standard):
+def test_stop_token_ids(standard, checkpoint_dirs):
+    tokenizer = Tokenizer.from_file(str(checkpoint_dirs["llama"] / "tokenizer.json"))
     (early,), (late,) = standard["stop_token_ids"].choices, standard["stop_token_ids after min_tokens"].choices
     for choice in (early, late):
         assert choice.finish_reason == "stop" and choice.stop_reason == choice.token_ids[-1] in STOP_IDS
         assert not set(choice.token_ids[:-1]) & set(STOP_IDS)
+        assert choice.text == tokenizer.decode(choice.token_ids[:-1])  # the stop token counts, but is not shown
     assert len(late.token_ids) > 15
 
 
@@ -185,7 +189,7 @@ def test_end_token(standard, texts):
     )
     assert ended.token_ids == [EOS] and ended.finish_reason == "stop" and ended.stop_reason is None
     assert len(late.token_ids) == 5 and late.token_ids[-1] == EOS and EOS not in late.token_ids[:-1]
-    assert ignored.token_ids == [EOS] * 12 and ignored.finish_reason == "length" and ignored.text == ""
+    assert ignored.token_ids == [EOS] * MAX_TOKENS and ignored.finish_reason == "length" and ignored.text == ""
     assert texts["special tokens shown"] == ["<|end|>" * 3]
 
 
@@ -198,7 +202,7 @@ def test_lengths(standard, tokens):
 
 def test_choices(standard):
     drawn = [tuple(choice.token_ids) for choice in standard["n"].choices]
-    assert len(set(drawn)) == 3 and {len(tokens) for tokens in drawn} == {12}
+    assert len(set(drawn)) == 3 and {len(tokens) for tokens in drawn} == {MAX_TOKENS}
     first, second = standard["n, greedy"].choices
     assert first.token_ids == second.token_ids
 
@@ -216,4 +220,4 @@ def test_logprobs(standard):
 
 
 def test_no_detokenize(standard, texts):
-    assert texts["no detokenize"] == [""] and len(standard["no detokenize"].choices[0].token_ids) == 12
+    assert texts["no detokenize"] == [""] and len(standard["no detokenize"].choices[0].token_ids) == MAX_TOKENS

@@ -93,10 +93,10 @@ def run_world(
     assert torchrun or ranks == 1, "several ranks need torchrun"
     what = [str(program)] if isinstance(program, Path) else ["-m", program]
     mark = uuid.uuid4().hex
-    with tempfile.TemporaryDirectory(prefix="infer-world-") as logs, _one_at_a_time():
+    with tempfile.TemporaryDirectory(prefix="infer-world-") as logs, one_at_a_time():
         command = [sys.executable]
         if torchrun:
-            command += ["-m", "torch.distributed.run", *_rendezvous(standalone), "--nproc-per-node", str(ranks)]
+            command += ["-m", "torch.distributed.run", *rendezvous(standalone), "--nproc-per-node", str(ranks)]
             command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1", "--log-dir", logs, "--redirects", "3"]
         command += [*what, *map(str, args)]
         environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", MARK: mark, **(env or {})}
@@ -111,7 +111,7 @@ def run_world(
             except subprocess.TimeoutExpired:
                 in_time = False
             finally:
-                _kill_marked(mark)
+                kill_marked(mark)
                 returncode = process.wait()
         result = Result(
             returncode,
@@ -134,7 +134,7 @@ def run_jobs(jobs: list[Job], directory: Path, *, ranks: int, timeout: float, to
     return read_results(answered)
 
 
-def _rendezvous(standalone: bool) -> list[str]:
+def rendezvous(standalone: bool) -> list[str]:
     if standalone:
         return ["--standalone"]
     return ["--nnodes", "1", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
@@ -162,7 +162,7 @@ def marked_processes(mark: str) -> list[int]:
     return found
 
 
-def _kill_marked(mark: str) -> None:
+def kill_marked(mark: str) -> None:
     """Kills what is left of a world: children may have been started between two looks, so until none is found."""
     deadline = time.monotonic() + 10.0
     while pids := marked_processes(mark):
@@ -174,7 +174,7 @@ def _kill_marked(mark: str) -> None:
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def one_at_a_time() -> Iterator[None]:
     """Holds this user's lock on worlds: two at once on a small machine would only time out together."""
     path = Path(tempfile.gettempdir()) / f"infer-test-worlds-{os.getuid()}.lock"
     with open(path, "w") as lock:

@@ -110,20 +110,10 @@ def kind_of(words: np.ndarray, generation: int) -> Kind:
 def decode(words: np.ndarray, generation: int) -> tuple[Kind, Batch | Any]:
     """The kind of a message and its batch (STEP) or payload. Raises ValueError on anything malformed or of another
     generation of ranks."""
-    kind = kind_of(words, generation)
-    step, report, num_bytes = int(words[3]), bool(words[9]), int(words[10])
-    counts = [int(n) for n in words[5:9]]
-    sizes = [counts[0] * COLUMNS, *counts[1:]]
-    if min(*counts, num_bytes) < 0 or _HEADER + sum(sizes) + -(-num_bytes // 4) != len(words):
-        raise ValueError(f"a message of {len(words)} words claims {counts} and {num_bytes} bytes")
-    parts, at = [], _HEADER
-    for size in sizes:
-        parts.append(words[at : at + size])
-        at += size
-    payload = words[at:].tobytes()[:num_bytes]
+    kind, (rows, tokens, blocks, freed), payload = _parts(words, generation)
     if kind != Kind.STEP:
         return kind, msgspec.msgpack.decode(payload) if payload else None
-    rows, tokens, blocks, freed = parts
+    step, report = int(words[3]), bool(words[9])
     new = _new_decoder.decode(payload) if payload else []
     return kind, Batch(step, rows.reshape(-1, COLUMNS), tokens, blocks, freed, new, report)
 
@@ -139,14 +129,27 @@ def encode_result(result: StepResult, generation: int) -> np.ndarray:
 
 def decode_result(words: np.ndarray, generation: int) -> StepResult:
     """The result in a message. Raises ValueError as `decode` does."""
-    kind_of(words, generation)
-    count, num_bytes = int(words[6]), int(words[10])
-    tokens = words[_HEADER : _HEADER + count].tolist()
-    payload = words[_HEADER + count :].tobytes()[:num_bytes]
-    if not payload:
-        return StepResult(int(words[3]), tokens, [None] * count)
-    rare = _rare_decoder.decode(payload)
-    return StepResult(int(words[3]), tokens, rare.logprobs, rare.prompt_logprobs)
+    kind, (rows, tokens, blocks, freed), payload = _parts(words, generation)
+    if kind != Kind.STEP or len(rows) or len(blocks) or len(freed):
+        raise ValueError(f"a {kind.name} message with {len(rows)}, {len(blocks)}, {len(freed)} words is no result")
+    rare = _rare_decoder.decode(payload) if payload else _Rare([None] * len(tokens), {})
+    if len(rare.logprobs) != len(tokens):
+        raise ValueError(f"a result of {len(tokens)} tokens has {len(rare.logprobs)} log-probabilities")
+    return StepResult(int(words[3]), tokens.tolist(), rare.logprobs, rare.prompt_logprobs)
+
+
+def _parts(words: np.ndarray, generation: int) -> tuple[Kind, list[np.ndarray], bytes]:
+    """The kind, the four arrays and the payload of a message, whose lengths fit together. Raises ValueError."""
+    kind, num_bytes = kind_of(words, generation), int(words[10])
+    counts = [int(n) for n in words[5:9]]
+    sizes = [counts[0] * COLUMNS, *counts[1:]]
+    if min(*counts, num_bytes) < 0 or _HEADER + sum(sizes) + -(-num_bytes // 4) != len(words):
+        raise ValueError(f"a message of {len(words)} words claims {counts} and {num_bytes} bytes")
+    parts, at = [], _HEADER
+    for size in sizes:
+        parts.append(words[at : at + size])
+        at += size
+    return kind, parts, words[at:].tobytes()[:num_bytes]
 
 
 def _message(

@@ -47,20 +47,22 @@ INFER_INLINE void widen_rows(const T* const* rows, float* copy, int64_t columns,
   for (int64_t j = 0; j < tile_keys; ++j) wide[j] = widen_row(rows[j], copy + j * columns, dim);
 }
 
-// scores[q][j] = q . rows[j] for few queries: `width` keys at a time, summed across lanes by one transposition.
+// scores[q][j] = q . rows[j] for few queries: `width` keys at a time, summed across lanes by one transposition. `copy`
+// holds as many rows: small enough to stay in the first-level cache.
 template <class T>
-INFER_INLINE void score_rows(const float* q, int64_t queries, const float* const* rows, int64_t used, int64_t columns,
-                             int64_t num_keys, float* scores, const T* const* ahead, int64_t dim) {
+INFER_INLINE void score_rows(const float* q, int64_t queries, const T* const* rows, float* copy, int64_t dim,
+                             int64_t used, int64_t columns, int64_t num_keys, float* scores, const T* const* ahead) {
   for (int64_t j = 0; j < num_keys; j += width) {
-    for (int i = 0; i < width / 2; ++i) prefetch(ahead[j + i], dim);
+    const float* wide[width];
+    for (int i = 0; i < width; ++i) {
+      wide[i] = widen_row(rows[j + i], copy + i * columns, dim);
+      prefetch(ahead[j + i], dim);
+    }
     for (int64_t m = 0; m < queries; ++m) {
-      if (m == queries / 2) {
-        for (int i = width / 2; i < width; ++i) prefetch(ahead[j + i], dim);
-      }
       VFloat products[width] = {};
       for (int64_t d = 0; d < used; d += width) {
         const VFloat x = load(q + m * columns + d);
-        for (int i = 0; i < width; ++i) products[i] += x * load(rows[j + i] + d);
+        for (int i = 0; i < width; ++i) products[i] += x * load(wide[i] + d);
       }
       store(scores + m * tile_keys + j, sum_each(products));
     }
@@ -98,8 +100,8 @@ INFER_INLINE void score_tile(const float* q, const float* k_transposed, int64_t 
 }
 
 // sums[q][:] += sum over j in [begin, end) of weights[q][j] * rows[j][:], `count` queries and `vectors` at a time.
-template <int count, int vectors, class T>
-INFER_INLINE void add_values_at(const float* weights, const float* const* rows, int64_t begin, int64_t end, int64_t d,
+template <int count, int vectors, class Row, class T>
+INFER_INLINE void add_values_at(const float* weights, const Row* const* rows, int64_t begin, int64_t end, int64_t d,
                                 int64_t columns, float* sums, const T* const* ahead, int64_t dim) {
   VFloat total[count][vectors];
   for (int m = 0; m < count; ++m) {
@@ -118,8 +120,8 @@ INFER_INLINE void add_values_at(const float* weights, const float* const* rows, 
   }
 }
 
-template <int count, class T>
-INFER_INLINE void add_values(const float* weights, const float* const* rows, int64_t begin, int64_t end, int64_t used,
+template <int count, class Row, class T>
+INFER_INLINE void add_values(const float* weights, const Row* const* rows, int64_t begin, int64_t end, int64_t used,
                              int64_t columns, float* sums, const T* const* ahead, int64_t dim) {
   constexpr int64_t step = vectors_per_step * width;
   int64_t d = 0;
@@ -128,6 +130,23 @@ INFER_INLINE void add_values(const float* weights, const float* const* rows, int
   }
   for (; d < used; d += width) {
     add_values_at<count, 1>(weights, rows, begin, end, d, columns, sums, d == 0 ? ahead : nullptr, dim);
+  }
+}
+
+// The same for all queries. Rows of `ahead`, where given, are asked for on the way.
+template <class Row, class T>
+INFER_INLINE void add_all_values(const AttentionScratch& s, int64_t queries, const Row* const* rows, int64_t begin,
+                                 int64_t end, int64_t used, int64_t columns, const T* const* ahead, int64_t dim) {
+  int64_t m = 0;
+  const float* weights = s.scores;
+  for (; m + 4 <= queries; m += 4, ahead = nullptr) {
+    add_values<4>(weights + m * tile_keys, rows, begin, end, used, columns, s.sums + m * columns, ahead, dim);
+  }
+  for (; m + 3 <= queries; m += 3, ahead = nullptr) {
+    add_values<3>(weights + m * tile_keys, rows, begin, end, used, columns, s.sums + m * columns, ahead, dim);
+  }
+  for (; m < queries; ++m, ahead = nullptr) {
+    add_values<1>(weights + m * tile_keys, rows, begin, end, used, columns, s.sums + m * columns, ahead, dim);
   }
 }
 
@@ -172,14 +191,14 @@ INFER_INLINE void attend_tile(const Attention<T>& a, const AttentionTask& task, 
   const int64_t begin = std::max(tile, task.key_begin), end = std::min(tile + tile_keys, task.key_end);
   const bool few = queries < transpose_from_queries, more = end < task.key_end;
   const T *k_pages[tile_keys], *v_pages[tile_keys], *next_pages[tile_keys];
-  const float *k_rows[tile_keys], *v_rows[tile_keys];
+  const float* wide[tile_keys];
   locate_rows(a, task, a.k, tile, begin, end, s.zero, k_pages);
   locate_rows(a, task, a.v, tile, begin, end, s.zero, v_pages);
-  widen_rows(k_pages, s.k, columns, a.dim, k_rows);
   if (few) {
-    score_rows(s.q, queries, k_rows, used, columns, end - tile, s.scores, v_pages, a.dim);
+    score_rows(s.q, queries, k_pages, s.k, a.dim, used, columns, end - tile, s.scores, v_pages);
   } else {
-    transpose_tile(k_rows, used, s.k_transposed);
+    widen_rows(k_pages, s.k, columns, a.dim, wide);
+    transpose_tile(wide, used, s.k_transposed);
     int64_t m = 0;
     for (; m + 4 <= queries; m += 4) {
       score_tile<4>(s.q + m * columns, s.k_transposed, columns, a.dim, s.scores + m * tile_keys);
@@ -195,24 +214,15 @@ INFER_INLINE void attend_tile(const Attention<T>& a, const AttentionTask& task, 
     soften(s.scores + m * tile_keys, first - tile, stop - tile, a.soft_cap, s.maximum + m, s.weight + m,
            s.sums + m * columns, used);
   }
-  widen_rows(v_pages, s.v, columns, a.dim, v_rows);
   const T* const* ahead = few && more ? next_pages : nullptr;
   if (ahead != nullptr) {
     locate_rows(a, task, a.k, end, end, std::min(end + tile_keys, task.key_end), s.zero, next_pages);
   }
-  const int64_t low = begin - tile, high = end - tile;
-  int64_t m = 0;
-  for (; m + 4 <= queries; m += 4) {
-    add_values<4>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns,
-                  m == 0 ? ahead : nullptr, a.dim);
-  }
-  for (; m + 3 <= queries; m += 3) {
-    add_values<3>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns,
-                  m == 0 ? ahead : nullptr, a.dim);
-  }
-  for (; m < queries; ++m) {
-    add_values<1>(s.scores + m * tile_keys, v_rows, low, high, used, columns, s.sums + m * columns,
-                  m == 0 ? ahead : nullptr, a.dim);
+  if (few && a.dim % width == 0) {
+    add_all_values(s, queries, v_pages, begin - tile, end - tile, used, columns, ahead, a.dim);
+  } else {
+    widen_rows(v_pages, s.v, columns, a.dim, wide);
+    add_all_values(s, queries, wide, begin - tile, end - tile, used, columns, ahead, a.dim);
   }
 }
 

@@ -1,0 +1,160 @@
+"""The server as its users start it: real ranks, real HTTP."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import aiohttp
+import pytest
+from serving import SMOLLM2, Server, interrupt, server
+from worlds import ROOT, free_port
+
+MODEL = ("--model", SMOLLM2, "--max-model-len", 1024, "--kv-cache-memory-bytes", "256M")
+
+
+async def _stream(session: aiohttp.ClientSession, url: str, body: dict) -> tuple[str, str | None, int]:
+    """(text, finish reason, number of completion tokens) of a streamed completion."""
+    text, finish, count = "", None, 0
+    async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as reply:
+        assert reply.status == 200, await reply.text()
+        async for line in reply.content:
+            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            for choice in chunk["choices"]:
+                text += choice["text"]
+                finish = choice["finish_reason"] or finish
+            if chunk.get("usage"):
+                count = chunk["usage"]["completion_tokens"]
+    return text, finish, count
+
+
+async def _streams(url: str, bodies: list[dict]) -> list[tuple[str, str | None, int]]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
+        return await asyncio.gather(*(_stream(session, url, body) for body in bodies))
+
+
+def _bodies(count: int) -> list[dict]:
+    return [
+        {
+            "model": "SmolLM2-135M-Instruct",
+            "prompt": f"Question {i}: what is {i} + {i}?",
+            "max_tokens": 8 + i % 17,
+            "temperature": 0.8,
+            "seed": i,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+        for i in range(count)
+    ]
+
+
+def _check_basics(running: Server) -> None:
+    """The routes of the README, stream and not, and a bad request in between that changes nothing."""
+    status, reply = running.post(
+        "/v1/completions",
+        {"model": "SmolLM2-135M-Instruct", "prompt": "Explain distributed inference:", "max_tokens": 64},
+    )
+    assert status == 200, reply
+    assert reply["usage"]["completion_tokens"] <= 64
+    question = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    status, reply = running.post("/v1/chat/completions", question)
+    assert reply["choices"][0]["message"]["content"] == "The capital of France is Paris."
+    assert reply["choices"][0]["finish_reason"] == "stop"
+
+    too_long = {"model": "SmolLM2-135M-Instruct", "prompt": [7] * 1024, "max_tokens": 1}
+    status, reply = running.post("/v1/completions", too_long)
+    assert status == 400
+    assert "1024" in reply["error"]["message"]
+    status, reply = running.post("/v1/completions", {**too_long, "prompt": [49152]})
+    assert status == 400
+    assert running.is_healthy()
+
+
+@pytest.mark.parametrize("standalone", [False, True], ids=["static", "standalone"])
+def test_32_streams_over_tp_2_pp_2(standalone: bool) -> None:
+    """Done when 3: 32 concurrent streams, each to its end, with the tokens that its seed gives alone."""
+    with server(*MODEL, "-tp", 2, "-pp", 2, ranks=4, standalone=standalone) as running:
+        _check_basics(running)
+        bodies = _bodies(32)
+        results = asyncio.run(_streams(running.url, bodies))
+        for body, (_, finish, count) in zip(bodies, results, strict=True):
+            assert (finish, count) == ("length", body["max_tokens"])
+        status, alone = running.post("/v1/completions", {**bodies[5], "stream": False, "stream_options": None})
+        assert status == 200
+        assert alone["choices"][0]["finish_reason"] == "length"
+
+        assert len(running.pids("infer.serve.frontend")) == 1
+        interrupt(running, signal.SIGTERM)
+        running.process.wait(35)
+        running.wait_gone(10)
+        assert "Traceback (most recent call last)" not in running.log.split("torch.distributed")[0]
+
+
+def test_one_rank_without_torchrun() -> None:
+    """python -m infer.serve alone: a client that leaves frees its blocks; the frontend ends with the engine."""
+    with server(*MODEL, "--dtype", "float32", ranks=None) as running:
+        _check_basics(running)
+        bodies = _bodies(6)
+        together = asyncio.run(_streams(running.url, bodies))
+        for body, (text, _, _) in zip(bodies, together, strict=True):
+            _, alone = running.post("/v1/completions", {**body, "stream": False, "stream_options": None})
+            assert alone["choices"][0]["text"] == text, "alone and beside others a request gives the same"
+
+        asyncio.run(_leave_early(running.url))
+        status, _ = running.post("/v1/completions", {**bodies[0], "stream": False, "stream_options": None})
+        assert status == 200
+
+        os.kill(running.process.pid, signal.SIGKILL)  # the frontend watches the engine's process
+        running.wait_gone(10)
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", running.port))
+
+
+async def _leave_early(url: str) -> None:
+    """Opens streams that would run long and goes away after their first words."""
+    timeout = aiohttp.ClientTimeout(total=60)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        for seed in range(4):
+            body = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "seed": seed, "stream": True}
+            async with session.post(f"{url}/v1/completions", json={"model": "SmolLM2-135M-Instruct", **body}) as reply:
+                await reply.content.readline()
+                reply.close()
+
+
+def test_another_frontend_after_the_first_died() -> None:
+    """Rank 0 starts another frontend and says what was lost."""
+    with server(*MODEL, ranks=None) as running:
+        (frontend,) = running.pids("infer.serve.frontend")
+        os.kill(frontend, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while frontend in running.pids("infer.serve.frontend") or not running.is_healthy():
+            assert time.monotonic() < deadline, running.log
+            time.sleep(0.1)
+        _check_basics(running)
+        assert "requests were lost; starting another frontend" in running.log
+
+
+def test_a_taken_port_is_an_error_before_anything_is_loaded() -> None:
+    port = free_port()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "infer.serve", *map(str, MODEL), "--port", str(port)],
+            capture_output=True, text=True, timeout=60, cwd=ROOT,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{port}" in done.stderr
+    assert done.stderr.count("infer: error:") == 1
+    assert "Traceback" not in done.stderr
+    assert "Model loading" not in done.stderr
+    assert time.monotonic() - started < 30
