@@ -34,7 +34,10 @@ def references(checkpoint_dirs, default_model_dir) -> dict[str, Reference]:
 
 @pytest.fixture(scope="session")
 def layout_results(checkpoint_dirs, default_model_dir, tmp_path_factory) -> Callable[[int, int], dict[str, JobResult]]:
-    """(tp, pp) -> the results of `layout_jobs.jobs` in a torchrun world of tp x pp ranks, which runs once a session."""
+    """(tp, pp) -> the results of `layout_jobs.jobs` in a world of tp x pp ranks, which runs once a session.
+
+    One rank is a plain process, several are torchrun's: the script is the same.
+    """
     directories = {**checkpoint_dirs, "smollm2": default_model_dir}
     found: dict[tuple[int, int], dict[str, JobResult] | Exception] = {}
 
@@ -42,7 +45,9 @@ def layout_results(checkpoint_dirs, default_model_dir, tmp_path_factory) -> Call
         if (tp, pp) not in found:
             root = tmp_path_factory.mktemp(f"tp{tp}-pp{pp}")
             try:
-                found[tp, pp] = run_jobs(layout_jobs.jobs(tp, pp, directories), root, ranks=tp * pp, timeout=240)
+                found[tp, pp] = run_jobs(
+                    layout_jobs.jobs(tp, pp, directories), root, ranks=tp * pp, timeout=240, torchrun=tp * pp > 1
+                )
             except Exception as error:
                 found[tp, pp] = error  # the world is not run again for each test
         result = found[tp, pp]

@@ -149,7 +149,9 @@ class Simulation:
     Rank 0 runs stage 0 itself, so its time goes on while it does. busy[s]: seconds that stage s computed.
     """
 
-    def __init__(self, scheduler: Scheduler, ranks: FakeRanks, token_seconds: float = 0.001, step_seconds: float = 0.01):
+    def __init__(
+        self, scheduler: Scheduler, ranks: FakeRanks, token_seconds: float = 0.001, step_seconds: float = 0.01
+    ):
         self.scheduler, self.ranks = scheduler, ranks
         self.token_seconds, self.step_seconds = token_seconds, step_seconds
         self.now = 0.0

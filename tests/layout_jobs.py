@@ -15,8 +15,8 @@ NUM_REQUESTS, NUM_ABORTS = 300, 80
 VARIANTS = {  # job -> engine arguments that must not change a token
     "no prefix cache": {"enable_prefix_caching": False},
     "chunked prefill": {"max_num_batched_tokens": 16},
-    "few blocks": {"num_gpu_blocks_override": 8},
-    "few blocks, no prefix cache": {"num_gpu_blocks_override": 8, "enable_prefix_caching": False},
+    "few blocks": {"num_gpu_blocks_override": 24},
+    "few blocks, no prefix cache": {"num_gpu_blocks_override": 24, "enable_prefix_caching": False},
 }
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3, prompt_logprobs=2)
@@ -31,7 +31,7 @@ LETTERS = list("aeiou")
 STOP_IDS = list(range(3, VOCAB_SIZE, 7))
 
 
-MAX_TOKENS = 8  # of a case that says nothing else
+MAX_TOKENS = 7  # of a case that says nothing else
 
 
 def _case(**params: object) -> SamplingParams:
@@ -60,7 +60,7 @@ CASES: dict[str, SamplingParams] = {
     "repetition_penalty": _case(temperature=0.0, repetition_penalty=1.9),
     "penalties at random": _case(presence_penalty=0.5, frequency_penalty=0.7, repetition_penalty=1.2),
     "logit_bias forces": _case(logit_bias={17: 100.0}),
-    "logit_bias bans": _case(temperature=0.0, logit_bias=dict.fromkeys(range(0, 900), -100.0)),
+    "logit_bias bans": _case(temperature=0.0, logit_bias=dict.fromkeys(range(900), -100.0)),
     "allowed_token_ids": _case(allowed_token_ids=[3, 200, 401, 602, 803, 1004, VOCAB_SIZE - 1]),
     "allowed_token_ids, greedy": _case(temperature=0.0, allowed_token_ids=[250, 500, 750]),
     "stop": _case(stop=LETTERS, max_tokens=40, allowed_token_ids=list(range(259, 900))),
@@ -91,7 +91,16 @@ CASES: dict[str, SamplingParams] = {
     ),
 }  # fmt: skip
 MAX_MODEL_LEN = 96
-SAME_PROMPT = ("seed", "seed again", "another seed", "temperature", "greedy", "stop", "stop included", "repetition_penalty")
+SAME_PROMPT = (
+    "seed",
+    "seed again",
+    "another seed",
+    "temperature",
+    "greedy",
+    "stop",
+    "stop included",
+    "repetition_penalty",
+)
 
 
 def case_prompts() -> list[list[int]]:
@@ -112,7 +121,9 @@ def jobs(tp: int, pp: int, model_dirs: dict[str, Path]) -> list[Job]:
     for name in MODELS:
         prompts = SMOLLM2_PROMPTS if name == "smollm2" else TINY_PROMPTS
         llm = {**common, "model": str(model_dirs[name])}
-        found.append(Job(name=name, llm=llm, runs=[Run(name="greedy", prompts=prompts, params=[GREEDY] * len(prompts))]))
+        found.append(
+            Job(name=name, llm=llm, runs=[Run(name="greedy", prompts=prompts, params=[GREEDY] * len(prompts))])
+        )
     prompts, params = case_prompts(), list(CASES.values())
     llama = {**common, "model": str(model_dirs["llama"])}
     alone = Run(name="alone", prompts=prompts, params=params, alone=True)

@@ -1,4 +1,4 @@
-"""What users get wrong, through real processes: one clear error, soon, on all ranks; nothing hangs, nothing is retried."""
+"""What users get wrong, through real processes: one clear error, soon; nothing hangs, nothing is tried again."""
 
 import json
 import shutil
@@ -60,9 +60,15 @@ REFUSED = {
         {"tensor_parallel_size": 3},
         ["tensor_parallel_size 3", "needs 3 ranks, but 2 are running", "torchrun --nproc-per-node 3"],
     ),
-    "too many ranks": ({"tensor_parallel_size": 1}, ["needs 1 rank, but 2 are running", "this works: python bad_engines.py"]),
+    "too many ranks": (
+        {"tensor_parallel_size": 1},
+        ["needs 1 rank, but 2 are running", "this works: python bad_engines.py"],
+    ),
     "odd stages": ({"pipeline_parallel_size": 3}, ["2 ranks cannot form 3 pipeline stages"]),
-    "stages": ({"pipeline_parallel_size": 2, "hf_overrides": {"num_hidden_layers": 1}}, ["pipeline_parallel_size 2 is more than", "1 layers"]),
+    "stages": (
+        {"pipeline_parallel_size": 2, "hf_overrides": {"num_hidden_layers": 1}},
+        ["pipeline_parallel_size 2 is more than", "1 layers"],
+    ),
     "partition": ({"pipeline_parallel_size": 2, "pipeline_layer_partition": [1, 1]}, ["pipeline_layer_partition", "5"]),
     "heads": (
         {"hf_overrides": {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 72}},
@@ -104,7 +110,9 @@ def attempts(checkpoint_dirs, broken, tmp_path_factory):
         asked[name] = {"llm": {**SMALL, **arguments, "model": model}}
     asked["good"] = good
     (root / "attempts.json").write_text(json.dumps(asked))
-    world = run_world(SCRIPTS / "bad_engines.py", root / "attempts.json", root / "results.json", ranks=2, timeout=SECONDS)
+    world = run_world(
+        SCRIPTS / "bad_engines.py", root / "attempts.json", root / "results.json", ranks=2, timeout=SECONDS
+    )
     assert world.returncode == 0, world.report()
     return json.loads((root / "results.json").read_text())
 
@@ -164,7 +172,11 @@ def check_told_once(world, *words):
 @pytest.mark.parametrize(
     ("ranks", "flags", "words"),
     [
-        (2, ["-tp", "2", "-pp", "2"], ["tensor_parallel_size 2 x pipeline_parallel_size 2", "torchrun --nproc-per-node 4"]),
+        (
+            2,
+            ["-tp", "2", "-pp", "2"],
+            ["tensor_parallel_size 2 x pipeline_parallel_size 2", "torchrun --nproc-per-node 4"],
+        ),
         (2, ["--max-modle-len", "64"], ["--max-modle-len", "--help"]),
         (2, ["-pp", "2", "--num-gpu-blocks-override", "1"], ["bytes of KV cache", "--max-model-len 16 fits"]),
     ],

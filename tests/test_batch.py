@@ -47,7 +47,11 @@ def same(batch, other):
 
 def test_a_batch_comes_out_as_it_went_in():
     new = [NewSequence(PARAMS, 2**63 - 1, 2, 17, [1, 2]), NewSequence(SamplingParams(), -(2**63), 0, 1, [])]
-    for batch in (make_batch(), make_batch(new=new), Batch(1, np.zeros((0, COLUMNS), np.int32), ints(), ints(), ints())):
+    for batch in (
+        make_batch(),
+        make_batch(new=new),
+        Batch(1, np.zeros((0, COLUMNS), np.int32), ints(), ints(), ints()),
+    ):
         words = encode_batch(batch, generation=4)
         assert words.dtype == np.int32
         kind, decoded = decode(words, generation=4)

@@ -95,7 +95,7 @@ def test_the_prefix_cache_is_used(tp, pp, layout_results):
 
 @pytest.mark.parametrize(("tp", "pp"), WORKLOAD_LAYOUTS)
 def test_a_random_workload(tp, pp, layout_results):
-    """Hundreds of requests under preemption, with aborts and without: the script has checked that all blocks are free."""
+    """Hundreds of requests under preemption, with aborts and without. The script checks that all blocks are free."""
     result = layout_results(tp, pp)["workload"]
     whole, aborts = result.workloads["whole"], result.workloads["aborts"]
     assert result.num_preemptions > 0
@@ -149,7 +149,11 @@ def test_penalties(tokens):
     shared = dict(zip(CASES, case_prompts(), strict=True))["greedy"]
     seen = set(shared)
     assert tokens["greedy"] != tokens["repetition_penalty"]
-    repeated = [token for i, token in enumerate(tokens["repetition_penalty"]) if token in seen.union(tokens["repetition_penalty"][:i])]
+    repeated = [
+        token
+        for i, token in enumerate(tokens["repetition_penalty"])
+        if token in seen.union(tokens["repetition_penalty"][:i])
+    ]
     assert len(repeated) <= 1
 
 

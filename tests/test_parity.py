@@ -33,7 +33,9 @@ def num_near_ties(token_ids, rows):
     taken = rows[np.arange(len(token_ids)), token_ids]
     gaps = best - taken
     at = int(gaps.argmax())
-    assert gaps[at] < NEAR_TIE, f"token {at} is {token_ids[at]}, {gaps[at]:.2g} below the reference's {rows[at].argmax()}"
+    assert gaps[at] < NEAR_TIE, (
+        f"token {at} is {token_ids[at]}, {gaps[at]:.2g} below the reference's {rows[at].argmax()}"
+    )
     return int((gaps > 0).sum())
 
 
@@ -44,7 +46,9 @@ def check_logprobs(entries, targets, rows, num_top):
         tokens = list(entry)
         assert tokens[0] == target and num_top <= len(tokens) <= num_top + 1, f"position {at}: {entry}"
         for token, (logprob, rank) in entry.items():
-            assert abs(logprob - row[token]) < TOLERANCE, f"position {at}, token {token}: {logprob} against {row[token]}"
+            assert abs(logprob - row[token]) < TOLERANCE, (
+                f"position {at}, token {token}: {logprob} against {row[token]}"
+            )
             # Tokens nearer than the tolerance may stand in either order.
             low, high = 1 + (row > row[token] + TOLERANCE).sum(), (row >= row[token] - TOLERANCE).sum()
             assert low <= rank <= high, f"position {at}, token {token}: rank {rank}, not {low} to {high}"

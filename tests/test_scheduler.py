@@ -13,7 +13,9 @@ from infer.request import FinishReason, Request, SamplingParams
 BLOCK_SIZE = 4  # small, so that short prompts fill blocks
 
 
-def make(num_blocks=64, pp_size=1, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=64, failing=None, **options):
+def make(
+    num_blocks=64, pp_size=1, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=64, failing=None, **options
+):
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_model_len=max_model_len,
@@ -148,10 +150,17 @@ def check_prompt_logprobs(requests, outputs):
         assert [entry.tokens[0] for entry in entries[1:]] == r.prompt_token_ids[1:]
 
 
-@pytest.mark.parametrize("abort_share", [0.0, 0.3])
-def test_random_workloads(abort_share):
+@pytest.mark.parametrize(
+    ("abort_share", "seeds"),
+    [
+        (0.0, range(200)),
+        (0.3, range(200)),
+        pytest.param(0.1, range(200, 3000), marks=pytest.mark.slow),
+    ],
+)
+def test_random_workloads(abort_share, seeds):
     num_preemptions = num_hits = 0
-    for seed in range(200):
+    for seed in seeds:
         rng, simulation, requests = random_workload(seed)
         try:
             outputs, aborted = run_workload(rng, simulation, requests, abort_share)
@@ -199,7 +208,9 @@ def test_without_chunked_prefill_a_prompt_waits_for_a_batch_it_fits():
         simulation.scheduler.add(request(name, [ord(name) % 50] * 40, max_tokens=2, ignore_eos=True))
     finish(simulation)
     assert simulation.batches[0].num_tokens == 40
-    with pytest.raises(ValueError, match=r"max_num_batched_tokens \(32\).*max_model_len \(64\).*enable_chunked_prefill"):
+    with pytest.raises(
+        ValueError, match=r"max_num_batched_tokens \(32\).*max_model_len \(64\).*enable_chunked_prefill"
+    ):
         make(max_num_batched_tokens=32, enable_chunked_prefill=False)
 
 

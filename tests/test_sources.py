@@ -46,7 +46,9 @@ def findings(source):
                 if root in BANNED_MODULES:
                     found.append((node.lineno, module))
                 found += [(node.lineno, n.name) for n in names if n.name in BANNED_NAMES]
-                found += [(node.lineno, f"torch.{n.name}") for n in names if module == "torch" and n.name in TORCH_SERIALIZERS]
+                found += [
+                    (node.lineno, f"torch.{n.name}") for n in names if module == "torch" and n.name in TORCH_SERIALIZERS
+                ]
             case ast.Attribute(value=ast.Name(id="torch"), attr=attr) if attr in TORCH_SERIALIZERS:
                 found.append((node.lineno, f"torch.{attr}"))
             case ast.Attribute(attr=attr) if attr in BANNED_NAMES:
@@ -54,7 +56,9 @@ def findings(source):
             case ast.keyword(arg=arg, value=value) if arg in BANNED_NAMES:
                 if not (isinstance(value, ast.Constant) and value.value is False):
                     found.append((value.lineno, arg))
-            case ast.Call(func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"), args=args):
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"), args=args
+            ):
                 names = [a.value for a in args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
                 found += [(node.lineno, name) for name in names if name.split(".")[0] in BANNED_MODULES]
     return found
@@ -94,7 +98,9 @@ def test_the_search_finds_what_it_is_for(source):
 
 
 def test_the_search_finds_nothing_else():
-    assert not findings("import json\nfrom safetensors.torch import load_file\nx.load()\nnp.load(p, allow_pickle=False)")
+    assert not findings(
+        "import json\nfrom safetensors.torch import load_file\nx.load()\nnp.load(p, allow_pickle=False)"
+    )
 
 
 def test_there_are_sources():

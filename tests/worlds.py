@@ -1,7 +1,7 @@
 """Real torchrun worlds for tests: started, waited for, and ended with all their processes.
 
-    result = run_world(SCRIPTS / "run_jobs.py", "jobs.json", "results.json", ranks=4, timeout=120)
-    assert result.returncode == 0, result.report()
+result = run_world(SCRIPTS / "run_jobs.py", "jobs.json", "results.json", ranks=4, timeout=120)
+assert result.returncode == 0, result.report()
 """
 
 import contextlib
@@ -58,7 +58,13 @@ class Result:
 
     def report(self) -> str:
         """Everything that was written, for an assertion's message."""
-        parts = [f"status {self.returncode} after {self.seconds:.1f} s", "--- stdout", self.stdout, "--- stderr", self.stderr]
+        parts = [
+            f"status {self.returncode} after {self.seconds:.1f} s",
+            "--- stdout",
+            self.stdout,
+            "--- stderr",
+            self.stderr,
+        ]
         for log in self.ranks:
             parts += [f"--- attempt {log.attempt} rank {log.rank} stdout", log.stdout]
             parts += [f"--- attempt {log.attempt} rank {log.rank} stderr", log.stderr]
@@ -97,7 +103,16 @@ def run_world(
         command = [sys.executable]
         if torchrun:
             command += ["-m", "torch.distributed.run", *rendezvous(standalone), "--nproc-per-node", str(ranks)]
-            command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1", "--log-dir", logs, "--redirects", "3"]
+            command += [
+                "--max-restarts",
+                str(restarts),
+                "--monitor-interval",
+                "0.1",
+                "--log-dir",
+                logs,
+                "--redirects",
+                "3",
+            ]
         command += [*what, *map(str, args)]
         environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", MARK: mark, **(env or {})}
         started = time.monotonic()
@@ -125,7 +140,9 @@ def run_world(
     return result
 
 
-def run_jobs(jobs: list[Job], directory: Path, *, ranks: int, timeout: float, torchrun: bool = True) -> dict[str, JobResult]:
+def run_jobs(
+    jobs: list[Job], directory: Path, *, ranks: int, timeout: float, torchrun: bool = True
+) -> dict[str, JobResult]:
     """Runs jobs in one world that must end well; their results by name."""
     asked, answered = str(directory / "jobs.json"), str(directory / "results.json")
     write_json(asked, jobs)

@@ -1,15 +1,12 @@
 """Run by torchrun: builds one LLM after the other, does each job's runs, and writes the results.
 
-    torchrun ... run_jobs.py JOBS.json RESULTS.json
+torchrun ... run_jobs.py JOBS.json RESULTS.json
 """
 
 import random
 import sys
 import time
 
-from infer import LLM
-from infer.outputs import Logprob, RequestOutput
-from infer.request import Output, Request, SamplingParams
 from world_scripts.jobs import (
     Choice,
     Completion,
@@ -21,6 +18,10 @@ from world_scripts.jobs import (
     read_jobs,
     write_json,
 )
+
+from infer import LLM
+from infer.outputs import Logprob, RequestOutput
+from infer.request import Output, Request, SamplingParams
 
 Entry = dict[int, tuple[float, int]]
 
