@@ -67,6 +67,9 @@ class EngineConfig:
         None, "layers of each stage, such as 9,11,10 (default: balanced)", parse=_partition
     )
     distributed_timeout_seconds: int = _flag(1800, "longest wait for another rank inside one step")
+    disable_custom_all_reduce: bool = _flag(
+        False, "sum over CPU ranks of one host through gloo, not through shared memory"
+    )
     num_threads: int | None = _flag(None, "CPU threads of each rank (default: cores / ranks on the host)", parse=int)
 
     gpu_memory_utilization: float = _flag(0.9, "share of each GPU's memory to use")
@@ -95,7 +98,9 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {share!r}")
-        for name in ("enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats"):
+        for name in (
+            "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "disable_custom_all_reduce",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.pipeline_layer_partition is not None:

@@ -293,11 +293,28 @@ def _load_library(path: Path) -> str:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} does not load ({error})"
-    for name, signature in SCHEMAS.items():
+    lacking = _lacking(SCHEMAS)
+    return f"{path} is out of date: it lacks {lacking}" if lacking else ""
+
+
+def _lacking(schemas: dict[str, str]) -> str:
+    """The first of these ops that the loaded library does not have just so, or an empty string."""
+    for name, signature in schemas.items():
         op = getattr(torch.ops.infer, name, None)
         if op is None or str(op.default._schema) != f"infer::{name}{signature}":
-            return f"{path} is out of date: it lacks {name}{signature}"
+            return f"{name}{signature}"
     return ""
+
+
+def native_problem(schemas: dict[str, str]) -> str:
+    """What keeps native ops of these schemas from being called, or an empty string.
+
+    For a module whose native ops have no reference here, since they are no functions of tensors alone (collectives).
+    """
+    if not _native_loaded():
+        return "the native kernels are not loaded"
+    lacking = _lacking(schemas)
+    return f"the native kernels are out of date: they lack {lacking}" if lacking else ""
 
 
 def _register_fakes() -> None:

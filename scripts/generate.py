@@ -17,10 +17,11 @@ def main() -> None:
     parser.add_argument("prompts", type=Path, help="text file, one prompt a line")
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
 
-    llm = LLM(model=args.model, pipeline_parallel_size=args.pipeline_parallel_size)
+    llm = LLM(model=args.model, dtype=args.dtype, pipeline_parallel_size=args.pipeline_parallel_size)
     prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=args.max_tokens))
     for output in outputs:

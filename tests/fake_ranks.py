@@ -185,6 +185,8 @@ class Simulation:
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert sum(before.get(seq_id, False) for seq_id in ids) <= cap, "a batch takes more than its share of decodes"
         assert scheduler.num_in_flight <= scheduler.pp_size
+        ages = [s.seq_id for s in [*scheduler.running, *scheduler.waiting]]
+        assert ages == sorted(ages), "a younger sequence stands before an older one"
         self._check_tables()
         return batch
 

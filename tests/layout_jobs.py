@@ -21,10 +21,12 @@ VARIANTS = {  # job -> engine arguments that must not change a token
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3, prompt_logprobs=2)
 TINY_PROMPTS = make_prompts(VOCAB_SIZE, (1, 5, 33, 70))
-SMOLLM2_PROMPTS = [  # SmolLM2's tokens for three texts
+SMOLLM2_PROMPTS = [
     [504, 3575, 282, 4649, 314],  # The capital of France is
-    [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28],
-    [6330, 253, 655, 28, 281, 253, 10925, 5633, 28, 665, 436, 253],  # Once upon a time ...
+    # Once upon a time, in a village by the sea, there was a
+    [6403, 1980, 253, 655, 28, 281, 253, 6560, 411, 260, 3426, 28, 665, 436, 253],
+    # <|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n
+    [1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531, 198],
 ]
 
 LETTERS = list("aeiou")

@@ -369,8 +369,7 @@ class Scheduler:
         return output
 
     def _fail(self, sequence: Sequence) -> Output:
-        # Of what it computed, its table holds nothing any more if it was preempted meanwhile: ask by content as well.
-        self.pool.forget(sequence.block_table)
+        # By content, not by its block table, which is empty if it was preempted meanwhile.
         self.pool.forget(self.pool.known(sequence.hashes))
         self._end(sequence)
         return Output(

@@ -140,8 +140,9 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
     path, model_config = phases.run("reading the model's config", lambda: read_model(config))
     max_model_len = config.max_model_len or model_config.max_position
     model_config = dataclasses.replace(model_config, max_position=max_model_len)  # no larger rotary table than needed
+    timeout, share_memory = config.distributed_timeout_seconds, not config.disable_custom_all_reduce
     groups = phases.run(
-        "connecting ranks", lambda: Groups(world, topology, config.distributed_timeout_seconds).warm_up()
+        "connecting ranks", lambda: Groups(world, topology, timeout, share_memory=share_memory).warm_up()
     )
     try:
         stage = phases.run("loading weights", lambda: _load_stage(world, config, path, model_config, groups))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from infer.launch import RankEnv
+from infer.parallel import shm
 from infer.parallel.topology import Topology
 
 # Idle followers sit in the world group's broadcast for as long as nobody asks anything; rank 0 sends an empty message
@@ -25,11 +26,13 @@ _TAGS = 1 << 16
 class Group:
     """The collectives of a few ranks. `index` is this rank's place among `ranks`."""
 
-    def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None, staged: bool = False):
+    def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None, staged: bool = False,
+                 shared: shm.SharedMemory | None = None):  # fmt: skip
         self.ranks, self.size = ranks, len(ranks)
         self.index = ranks.index(rank)
         self._group = group
         self._staged = staged  # gloo moves host memory: CUDA tensors go through a copy
+        self._shared = shared  # CPU ranks of one host have a faster way than gloo
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the group, in place where possible; use the returned tensor."""
@@ -40,7 +43,10 @@ class Group:
             dist.all_reduce(host, group=self._group)
             return tensor.copy_(host)
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=self._group)
+        if self._shared is not None and tensor.dtype in shm.SUM_DTYPES:
+            self._shared.all_reduce(tensor)
+        else:
+            dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def gather(self, tensor: torch.Tensor, widths: list[int] | None = None) -> torch.Tensor | None:
@@ -51,6 +57,8 @@ class Group:
         if self.size == 1:
             return tensor
         widths = widths or [tensor.shape[-1]] * self.size
+        if self._shared is not None:
+            return self._shared.gather(tensor, widths)
         width = max(widths)
         part = tensor.cpu() if self._staged else tensor
         if part.shape[-1] < width:
@@ -70,6 +78,11 @@ class Group:
         tensor = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._group)
         return int(tensor.item())
+
+    def close(self) -> None:
+        """Gives back what this group holds beside its process group."""
+        if self._shared is not None:
+            self._shared.close()
 
 
 def alone() -> Group:
@@ -223,9 +236,12 @@ class World:
 
 
 class Groups:
-    """The groups of one engine. Built by all ranks together, in the same order."""
+    """The groups of one engine. Built by all ranks together, in the same order.
 
-    def __init__(self, world: World, topology: Topology, timeout_seconds: int):
+    share_memory: tensor-parallel CPU ranks of one host exchange tensors through shared memory rather than gloo.
+    """
+
+    def __init__(self, world: World, topology: Topology, timeout_seconds: int, *, share_memory: bool = True):
         self.world, self.topology = world, topology
         self.pp_rank, self.tp_rank = topology.coordinates(world.rank)
         self.is_first_stage, self.is_last_stage = self.pp_rank == 0, self.pp_rank == topology.pp_size - 1
@@ -248,8 +264,14 @@ class Groups:
         tokens = make([0, topology.sampler_rank] if topology.sampler_rank else [0], "gloo")
         everyone = list(range(topology.world_size))
 
-        self.tp = Group(topology.tp_ranks(self.pp_rank), world.rank, tp_groups[self.pp_rank], staged)
-        self.all = Group(everyone, world.rank, make(everyone, "gloo"))
+        all_group, tp_group = make(everyone, "gloo"), tp_groups[self.pp_rank]
+        tp_ranks = topology.tp_ranks(self.pp_rank)
+        shared = None
+        if share_memory and world.device.type == "cpu" and tp_group is not None and all_group is not None:
+            shared = shm.connect(tp_group, tp_ranks, shm.introduce(all_group), self.tp_rank, timeout_seconds)
+
+        self.tp = Group(tp_ranks, world.rank, tp_group, staged, shared)
+        self.all = Group(everyone, world.rank, all_group)
         self.pipe = Pipe(
             None if self.is_first_stage else topology.rank(self.pp_rank - 1, self.tp_rank),
             None if self.is_last_stage else topology.rank(self.pp_rank + 1, self.tp_rank),
@@ -277,6 +299,7 @@ class Groups:
     def close(self) -> None:
         """Ends the groups. Every rank has received all that was sent to it."""
         self.pipe.close()
+        self.tp.close()
         for group in self._made:
             dist.destroy_process_group(group)
         self._made.clear()

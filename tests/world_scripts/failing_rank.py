@@ -7,9 +7,10 @@ import os
 import sys
 from typing import Any
 
-from infer.engine import startup
+from infer import launch
 from infer.serve.__main__ import main
 
+launch.exit_if_failed_before(launch.RankEnv.from_environ())  # as main does, before torch is imported
 kind = sys.argv.pop(1)
 
 
@@ -20,5 +21,7 @@ def failing_load(*args: Any) -> None:
 
 
 if os.environ["RANK"] == "1":
+    from infer.engine import startup
+
     startup.load_weights = failing_load
 main()
