@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infer.request import MAX_LOGPROBS
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
@@ -22,7 +24,7 @@ def _size(text: str) -> int:
     number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
     try:
         return int(float(number) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 4096, 512M or 1.5G") from None
 
 
@@ -56,7 +58,10 @@ class EngineConfig:
     load_format: str = _flag("auto", "dummy: random weights from config.json alone", choices=LOAD_FORMATS)
     hf_overrides: dict[str, Any] | None = _flag(None, "JSON object laid over config.json", parse=_overrides)
     dtype: str = _flag("auto", "of weights and activations; auto: the checkpoint's", choices=DTYPES)
-    seed: int = _flag(0, "of dummy weights, and of requests without a seed of their own")
+    seed: int = _flag(
+        0,
+        "of dummy weights, and of a script's requests without a seed of their own; a server draws a fresh one for each",
+    )
     max_model_len: int | None = _flag(None, "longest prompt + output in tokens (default: the model's)", parse=int)
 
     tensor_parallel_size: int | None = _flag(
@@ -95,6 +100,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, not {self.seed!r}")
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {share!r}")
@@ -122,11 +129,14 @@ class EngineConfig:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
                 raise ValueError(f"unknown argument {name!r}; {hint}")
-        if isinstance(kwargs.get("pipeline_layer_partition"), (list, str)):
-            value = kwargs["pipeline_layer_partition"]
-            kwargs["pipeline_layer_partition"] = _partition(value) if isinstance(value, str) else tuple(value)
-        if isinstance(kwargs.get("kv_cache_memory_bytes"), str):
-            kwargs["kv_cache_memory_bytes"] = _size(kwargs["kv_cache_memory_bytes"])
+        for f in dataclasses.fields(cls):  # what the command line takes as text, a script may give as text
+            if f.metadata["parse"] in (_partition, _size) and isinstance(kwargs.get(f.name), str):
+                try:
+                    kwargs[f.name] = f.metadata["parse"](kwargs[f.name])
+                except argparse.ArgumentTypeError as error:
+                    raise ValueError(f"{f.name}: {error}") from None
+        if isinstance(kwargs.get("pipeline_layer_partition"), list):
+            kwargs["pipeline_layer_partition"] = tuple(kwargs["pipeline_layer_partition"])
         return cls(**kwargs)
 
 
@@ -143,6 +153,11 @@ class ServerConfig:
     host: str = _flag("127.0.0.1", "address to listen on (0.0.0.0: all)")
     port: int = _flag(8000, "port to listen on")
     served_model_name: str | None = _flag(None, "name clients use (default: base name of --model)")
+    max_logprobs: int = _flag(20, "most alternatives a request may ask for with logprobs, top_logprobs, prompt_logprobs")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"max_logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:

@@ -54,7 +54,7 @@ class LLM:
 
     def __init__(self, model: str, **kwargs: Any):
         self._process = Process.join(RankEnv.from_environ())
-        if self._process.engine_open:
+        if self._process.engine is not None:
             raise ValueError("an LLM is open in this process; call its close() before building another")
         config = EngineConfig.from_kwargs(model=model, **kwargs)
         path, _ = check(config, self._process.world.size, Path(sys.argv[0]).name)  # before any rank is asked
@@ -62,7 +62,7 @@ class LLM:
         self._process.num_engines += 1
         number = self._process.num_engines
         self._engine = Engine(self._process.world, self._process.courier, config, number=number)
-        self._process.engine_open = True
+        self._process.engine = self._engine
         self._open = True
         self._seeds = random.Random(config.seed)
         self._num_requests = 0
@@ -96,21 +96,26 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers a conversation, or a list of conversations, rendered by the model's chat template."""
-        self._check_open()
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            text = self.tokenizer.apply_chat_template(
+        texts = [
+            self.tokenizer.apply_chat_template(
                 list(conversation), add_generation_prompt=add_generation_prompt, **(chat_template_kwargs or {})
             )
-            prompts.append(TokensPrompt(prompt_token_ids=self.tokenizer.encode(text, add_special_tokens=False)))
-        return self.generate(prompts, sampling_params, use_tqdm)
+            for conversation in conversations
+        ]
+        prompts: list[Prompt] = [
+            TokensPrompt(prompt_token_ids=self.tokenizer.encode(text, add_special_tokens=False)) for text in texts
+        ]
+        outputs = self.generate(prompts, sampling_params, use_tqdm)
+        for output, text in zip(outputs, texts, strict=True):
+            output.prompt = text
+        return outputs
 
     def close(self) -> None:
         """Ends the engine. The other ranks wait for the next LLM of this script."""
         if self._open:
-            self._open = self._process.engine_open = False
             self._engine.close()
+            self._open, self._process.engine = False, None
 
     def __enter__(self) -> "LLM":
         return self
@@ -211,6 +216,7 @@ class LLM:
             self._end(job, output.index, "stop", stream.stop_reason)
         elif output.finish_reason is not None:
             stream.finish()
+            choice.error = output.error
             reason = stream.stop_reason if stream.stop_reason is not None else output.stop_reason
             finish = "stop" if stream.stop_reason is not None else output.finish_reason.value
             self._end(job, output.index, finish, reason)

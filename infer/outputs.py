@@ -14,7 +14,8 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One choice. logprobs: one dict per token, token id -> Logprob, the drawn token first."""
+    """One choice. logprobs: one dict per token, token id -> Logprob, the drawn token first. error: why it failed, with
+    finish_reason "error"."""
 
     index: int
     text: str = ""
@@ -22,6 +23,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:

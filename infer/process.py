@@ -4,11 +4,12 @@ import atexit
 import logging
 import os
 import sys
+from typing import NoReturn
 
 import torch
 
 from infer.engine.batch import Kind
-from infer.engine.loop import Courier, follow, leave
+from infer.engine.loop import Courier, Engine, follow, leave
 from infer.launch import RankEnv
 from infer.parallel.groups import World
 
@@ -37,7 +38,7 @@ class Process:
         self.world = World(env, pick_device(env))
         self.courier = Courier(self.world)
         self.num_engines = 0
-        self.engine_open = False
+        self.engine: Engine | None = None  # the open one
 
     @classmethod
     def join(cls, env: RankEnv) -> "Process":
@@ -51,16 +52,23 @@ class Process:
         return cls._joined
 
     def leave(self) -> None:
-        """Ends the followers and the world. A world that is broken already ends without ceremony."""
+        """Ends the followers and the world. One that is broken ends without ceremony: nobody would answer."""
+        engine = self.engine
+        if engine is not None and engine.broken is not None and self.world.size > 1:
+            _exit(1)
         try:
             self.courier.send(Kind.EXIT)
             self.courier.close()
-            if self.courier.error is None:
-                leave(self.world)
+            leave(self.world)
         except RuntimeError as error:
             print(f"infer: the world ended early: {error}".splitlines()[0], file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)
+            _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def pick_device(env: RankEnv) -> torch.device:

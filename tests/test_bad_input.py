@@ -89,6 +89,12 @@ REFUSED = {
     "wrong shape": ({"model": "wrong shape"}, ["model.layers.2.mlp.down_proj.weight has shape [101, 72]", "[72, 101]"]),
     "unknown argument": ({"max_modle_len": 5}, ["unknown argument 'max_modle_len'", "max_model_len"]),
     "unknown override": ({"hf_overrides": {"hiden_size": 5}}, ["hiden_size", "hidden_size"]),
+    "whole prompts": (
+        {"enable_chunked_prefill": False, "max_num_batched_tokens": 32},
+        ["max_num_batched_tokens (32)", "max_model_len (64)", "enable_chunked_prefill"],
+    ),
+    "size": ({"kv_cache_memory_bytes": "4 apples"}, ["kv_cache_memory_bytes", "4 apples"]),
+    "seed": ({"seed": "x"}, ["seed must be an integer"]),
     "long": ({"max_model_len": 513}, ["max_model_len 513", "512"]),
     "few blocks": ({"num_gpu_blocks_override": 2}, ["64 tokens", "--max-model-len 32 fits"]),
     "few bytes": ({"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 40_000}, ["bytes of KV cache", "fits"]),

@@ -208,10 +208,6 @@ def test_without_chunked_prefill_a_prompt_waits_for_a_batch_it_fits():
         simulation.scheduler.add(request(name, [ord(name) % 50] * 40, max_tokens=2, ignore_eos=True))
     finish(simulation)
     assert simulation.batches[0].num_tokens == 40
-    with pytest.raises(
-        ValueError, match=r"max_num_batched_tokens \(32\).*max_model_len \(64\).*enable_chunked_prefill"
-    ):
-        make(max_num_batched_tokens=32, enable_chunked_prefill=False)
 
 
 @pytest.mark.parametrize(("pp_size", "num_running", "shares"), [(2, 7, [4, 3]), (3, 7, [3, 3, 1]), (3, 2, [1, 1])])

@@ -40,12 +40,19 @@ def host_available_bytes() -> int:
         for line in lines:
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
+    return max(0, min(available, _cgroup_room(available)))
+
+
+def _cgroup_room(otherwise: int) -> int:
+    """Bytes left to this process's cgroup (v2). Its page cache counts as free: the kernel gives that back."""
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            available = min(available, int(limit.read()) - int(used.read()))
+            room = int(limit.read()) - int(used.read())
+        with open("/sys/fs/cgroup/memory.stat") as lines:
+            stat = dict(line.split() for line in lines)
     except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        pass
-    return available
+        return otherwise
+    return room + int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
 
 
 def check_fits(num_tokens: int, max_model_len: int, block_size: int, bytes_per_token: int, num_bytes: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ from infer.request import Output, Request
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0  # rank 0 sends at least one message so often, so that no finite timeout ends an idle world
-REPORT_SECONDS = 2.0  # how often the stages publish their busy time
+REPORT_SECONDS = 0.25  # how often the stages publish their busy time
 
 
 class RankLost(RuntimeError):
@@ -75,10 +76,12 @@ class Courier:
             self.error = error
 
     def close(self) -> None:
-        """Waits until everything is sent."""
+        """Waits until everything is sent. Raises RankLost if it could not be."""
         if self._thread.is_alive():
             self._outbox.put(None)
             self._thread.join()
+        if self.error is not None:
+            raise RankLost(f"a rank is gone: {self.error}")
 
 
 class Engine:
@@ -115,6 +118,8 @@ class Engine:
             self._receiver.start()
         self._clock = Clock()
         self._reported = 0.0
+        # Set by an exception inside a step: the scheduler then counts on batches that never ran, so nothing may follow.
+        self.broken: BaseException | None = None
         self._log = ThroughputLog(self.scheduler)
 
     # ------------------------------------------------------------------ requests
@@ -134,18 +139,28 @@ class Engine:
     def step(self) -> list[Output]:
         """Fills the pipeline, then waits for its oldest batch. Call it while there is work.
 
-        Raises RankLost when another rank is gone.
+        Raises RankLost when another rank is gone. After any exception the engine is broken: it can only be closed.
         """
+        if self.broken is not None:
+            raise RankLost(f"the engine stopped earlier ({self.broken!r}); close it and build another")
+        try:
+            return self._step()
+        except BaseException as error:
+            self.broken = error
+            raise
+
+    def _step(self) -> list[Output]:
         self._clock.start()
         while (batch := self.scheduler.next()) is not None:
             self._run(batch)
         if not self.scheduler.num_in_flight:  # everything was aborted meanwhile
+            self._clock.stop()
             return []
         result = self._results.get()
         if isinstance(result, BaseException):
             raise RankLost(f"the rank that samples is gone: {result}")
         outputs = self.scheduler.update(result)
-        if not self.scheduler.num_in_flight and not self.has_work:
+        if not self.has_work:
             self._clock.stop()
         self.log_stats()
         return outputs
@@ -197,7 +212,14 @@ class Engine:
     # ------------------------------------------------------------------ end
 
     def close(self) -> None:
-        """Ends the engine on every rank; the followers wait for the next one."""
+        """Ends the engine on every rank; the followers wait for the next one.
+
+        Raises RankLost for a broken engine over several ranks: they may be anywhere in the step that broke it.
+        """
+        if self.broken is not None:
+            if self._world.size > 1:
+                raise RankLost(f"the engine stopped ({self.broken!r}), and with it the other ranks")
+            return
         for request_id in list(self.scheduler.unfinished()):
             self.scheduler.abort(request_id)
         while self.scheduler.num_in_flight:
@@ -294,6 +316,7 @@ def _is_connection_loss(error: RuntimeError) -> bool:
 
 def follow(world: World) -> NoReturn:
     """Runs a follower to its end and ends the process: status 0 when rank 0 said so, 1 on a loss or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal's Ctrl-C reaches every rank: end without a traceback
     status = 0
     try:
         Follower(world).run()

@@ -28,6 +28,8 @@ from infer.layers.attention import ForwardContext
 from infer.models.decoder import Stage
 from infer.parallel.groups import Groups
 
+PROMPT_ROWS_AT_ONCE = 256  # bounds the logits of a long prompt whose log-probabilities are asked for
+
 
 class Mirror:
     """A rank's copy of one sequence: its known tokens and its block table, as the batches told them."""
@@ -61,6 +63,15 @@ def _append(array: np.ndarray, length: int, more: np.ndarray) -> tuple[np.ndarra
         array = np.concatenate([array, np.zeros(max(len(array), total - len(array)), dtype=array.dtype)])
     array[length:total] = more
     return array, total
+
+
+def _check_counts(batch: Batch) -> None:
+    """Whether the rows account for exactly what the batch brings. Raises ValueError."""
+    counts = batch.rows[:, [NEW_TOKENS, NEW_BLOCKS]]
+    told = (*counts.sum(axis=0).tolist(), int((batch.rows[:, FLAGS] & NEW != 0).sum()))
+    there = (len(batch.tokens), len(batch.blocks), len(batch.new))
+    if (counts < 0).any() or told != there:
+        raise ValueError(f"step {batch.step} tells of {told} tokens, blocks and new sequences, but brings {there}")
 
 
 @dataclass
@@ -135,6 +146,7 @@ class Runner:
             raise ValueError(f"step {batch.step} holds a token id outside 0..{self.vocab_size - 1}")
         if len(batch.blocks) and not 0 <= int(batch.blocks.min()) <= int(batch.blocks.max()) < self.num_blocks:
             raise ValueError(f"step {batch.step} holds a block id outside 0..{self.num_blocks - 1}")
+        _check_counts(batch)
         new, mirrors, token_at, block_at = iter(batch.new), [], 0, 0
         for row in batch.rows.tolist():
             seq_id, flags = row[SEQ], row[FLAGS]
@@ -214,10 +226,12 @@ class Runner:
             if drawn is not None:
                 result.token_ids, result.logprobs = drawn.token_ids, drawn.logprobs
         for seq_id, mirror, first, start, count in prepared.prompt_rows:
-            targets = mirror.tokens[start + 1 : start + 1 + count].tolist()
             wanted = mirror.description.params.prompt_logprobs or 0
-            logits = self.stage.logits(hidden[first : first + count])
-            entries = self.sampler.prompt_logprobs(logits, targets, [wanted] * count)
-            if entries is not None:
-                result.prompt_logprobs[seq_id] = entries
+            for at in range(0, count, PROMPT_ROWS_AT_ONCE):
+                part = range(at, min(count, at + PROMPT_ROWS_AT_ONCE))
+                targets = mirror.tokens[start + 1 + part.start : start + 1 + part.stop].tolist()
+                logits = self.stage.logits(hidden[first + part.start : first + part.stop])
+                entries = self.sampler.prompt_logprobs(logits, targets, [wanted] * len(part))
+                if entries is not None:
+                    result.prompt_logprobs.setdefault(seq_id, []).extend(entries)
         return result if self.groups.is_sampler else None

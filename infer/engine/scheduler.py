@@ -103,11 +103,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
     ):
-        if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
-            raise ValueError(
-                f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_model_len ({max_model_len}) "
-                f"when enable_chunked_prefill is off"
-            )
+        assert enable_chunked_prefill or max_num_batched_tokens >= max_model_len, "a prompt would never fit a batch"
         self.pool, self.max_model_len, self.max_num_seqs = pool, max_model_len, max_num_seqs
         self.max_num_batched_tokens, self.pp_size = max_num_batched_tokens, pp_size
         self.enable_prefix_caching, self.enable_chunked_prefill = enable_prefix_caching, enable_chunked_prefill

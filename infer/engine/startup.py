@@ -40,7 +40,7 @@ class Phases:
     """Runs named start-up phases. All ranks finish a phase, or all learn which rank failed and why.
 
     A rank reports through the store, so that one that fails never leaves the others in a collective.
-    exit_on_error: a rank other than 0 that fails ends the process at once (a server, which torchrun then ends as a
+    exit_on_error: a rank other than 0 that fails ends its process at once (a server, which torchrun then ends as a
     whole); otherwise it reports, and rank 0 raises (a script, which may go on).
     """
 
@@ -49,8 +49,11 @@ class Phases:
         self._progress = progress or (lambda phase: None)
         self.seconds: dict[str, float] = {}
 
-    def run(self, phase: str, work: Callable[[], T]) -> T:
-        """Runs `work` on this rank and waits for the others. Raises StartupError on every rank if one failed."""
+    def run(self, phase: str, work: Callable[[], T], *, collective: bool = False) -> T:
+        """Runs `work` on this rank and waits for the others. Raises StartupError on every rank if one failed.
+
+        collective: the ranks exchange something within; one that fails ends its process, since others wait for it.
+        """
         self._progress(phase)
         started = time.monotonic()
         error: str | None = None
@@ -62,6 +65,8 @@ class Phases:
         except Exception as problem:
             logger.exception("rank %d failed while %s", self._world.rank, phase)
             error = f"{phase} failed: {type(problem).__name__}: {problem}"
+            if collective and self._world.size > 1:
+                launch.fail(f"rank {self._world.rank}: {error}", self._world.env, code=1)
         self._settle(phase, error)
         self.seconds[phase] = time.monotonic() - started
         return value  # type: ignore[return-value]
@@ -87,13 +92,14 @@ class Phases:
         store = self._world.store
         assert store is not None
         missing, errors = set(range(self._world.size)), dict[int, str]()
-        started = warned = time.monotonic()
-        while missing and not (errors and time.monotonic() - started > 1.0):
+        started = warned = failed = time.monotonic()
+        while missing and not (errors and time.monotonic() - failed > 1.0):  # others may be about to say the same
             for rank in sorted(missing):
                 if store.check([f"{key}/{rank}"]):
                     word = store.get(f"{key}/{rank}").decode()
                     missing.discard(rank)
                     if word:
+                        failed = failed if errors else time.monotonic()
                         errors[rank] = word
             if missing:
                 time.sleep(0.01)
@@ -121,8 +127,6 @@ def _wait(world: World, key: str) -> str:
 class Built:
     """What one rank holds once an engine is built."""
 
-    config: EngineConfig
-    model_path: Path
     model_config: ModelConfig
     max_model_len: int
     num_blocks: int
@@ -142,11 +146,12 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
     model_config = dataclasses.replace(model_config, max_position=max_model_len)  # no larger rotary table than needed
     timeout, share_memory = config.distributed_timeout_seconds, not config.disable_custom_all_reduce
     groups = phases.run(
-        "connecting ranks", lambda: Groups(world, topology, timeout, share_memory=share_memory).warm_up()
+        "connecting ranks", lambda: Groups(world, topology, timeout, share_memory=share_memory).warm_up(),
+        collective=True,
     )
     try:
         stage = phases.run("loading weights", lambda: _load_stage(world, config, path, model_config, groups))
-        spare = phases.run("measuring memory", lambda: _measure(world, config, model_config, stage))
+        spare = phases.run("measuring memory", lambda: _measure(world, config, model_config, stage), collective=True)
         num_blocks = _agree_on_blocks(config, groups, stage, spare, max_model_len)
         runner = phases.run(
             "allocating the KV cache", lambda: _make_runner(world, config, model_config, groups, stage, num_blocks)
@@ -156,7 +161,7 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
         raise StartupError(str(error)) from None
     if world.rank == 0:
         _log_capacity(num_blocks * config.block_size, max_model_len)
-    return Built(config, path, model_config, max_model_len, num_blocks, groups, runner)
+    return Built(model_config, max_model_len, num_blocks, groups, runner)
 
 
 def _make_runner(
@@ -177,6 +182,12 @@ def check(config: EngineConfig, world_size: int, program: str) -> tuple[Path, Mo
     """
     topology = Topology.resolve(world_size, config.tensor_parallel_size, config.pipeline_parallel_size, program)
     path, model_config = read_model(config)
+    max_model_len = config.max_model_len or model_config.max_position
+    if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
+        raise ValueError(
+            f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_model_len "
+            f"({max_model_len}) when enable_chunked_prefill is off"
+        )
     layers = balanced_layers(model_config, topology.pp_size, config.pipeline_layer_partition)
     check_tensor_parallel(model_config, topology.tp_size)
     if config.load_format != "dummy":

@@ -12,10 +12,11 @@ import signal
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from infer import launch
 from infer.config import EngineConfig, Parser, ServerConfig, add_flags, from_args
+from infer.serve.timeline import Timeline
 
 if TYPE_CHECKING:
     from infer.engine.loop import Engine
@@ -57,7 +58,6 @@ def follow(env: launch.RankEnv) -> None:
     """Any rank but 0. Rank 0 reads the command line for all of them."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         sys.exit(0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the terminal's Ctrl-C reaches every rank: end without a traceback
     from infer.process import Process
 
     Process.join(env)
@@ -70,51 +70,76 @@ class Server:
         self._env, self._config, self._server = env, config, server
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._frontend_starts: list[float] = []
+        self._timeline = Timeline("starting Python")
+        self._handle: FrontendHandle | None = None
 
     def run(self) -> None:
-        """Serves until the process is told to end. Raises ValueError for what the user can mend."""
-        from infer.engine.startup import check
-        from infer.hub import served_name
-        from infer.models.source import tokenizer_path
-
-        program = f"-m infer.serve {shlex.join(sys.argv[1:])}"
-        # All that can be wrong with what the user gave, the port too, is found before anything is loaded.
-        model_path, _ = check(self._config, self._env.world_size, program)
-        self._paths = model_path, tokenizer_path(self._config, model_path)
-        self._name = self._server.served_model_name or served_name(self._config.model)
-        self._handle = self._start_frontend()
+        """Serves until the process is told to end. A user's mistake ends it with one line, anything else in a trace."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._end(0))
         try:
-            self._serve()
+            engine = self._start()
         except ValueError as error:
-            self._handle.stop()
+            if self._handle is not None:
+                self._handle.stop()
             launch.fail(str(error), self._env)
-        except BaseException as error:
-            from infer.engine.loop import RankLost
+        except Exception as error:
+            self._crash(error)
+        try:
+            self._loop(engine)
+        except Exception as error:  # whatever it is, it is not the user's configuration: torchrun starts the ranks anew
+            self._crash(error)
 
-            if isinstance(error, RankLost):
-                print(f"infer: rank 0 ends: {error}".splitlines()[0], file=sys.stderr)
-            else:
-                traceback.print_exc()
-            self._end(1)
+    def _start(self) -> "Engine":
+        """Everything up to a ready engine. Raises ValueError for what the user can mend.
 
-    def _serve(self) -> None:
+        All that can be wrong with what the user gave, the port too, is found before anything is loaded; the ranks are
+        joined before that, because fetching a model may take longer than they would wait unjoined.
+        """
+        self._timeline.begin("importing")
         from infer.engine.loop import Engine
+        from infer.engine.startup import check
+        from infer.hub import served_name
+        from infer.models.source import tokenizer_path
+        from infer.parallel.topology import Topology
         from infer.process import Process
-        from infer.serve.link import Progress
 
+        config, program = self._config, f"-m infer.serve {shlex.join(sys.argv[1:])}"
+        Topology.resolve(self._env.world_size, config.tensor_parallel_size, config.pipeline_parallel_size, program)
+        self._timeline.begin("joining the world")
         process = Process.join(self._env)
+        self._timeline.begin("checking the model")
+        model_path, _ = check(config, self._env.world_size, program)
+        self._paths = model_path, tokenizer_path(config, model_path)
+        self._name = self._server.served_model_name or served_name(config.model)
+        self._timeline.begin("starting the frontend")
+        self._handle = self._start_frontend()
         self._connect()
         engine = Engine(
             process.world,
             process.courier,
-            self._config,
+            config,
             is_server=True,
-            progress=lambda phase: self._link.send(Progress(phase=phase)),
+            progress=self._begin_phase,
         )
         self._say_hello(engine)
-        self._loop(engine)
+        logger.info(self._timeline.line())
+        return engine
+
+    def _begin_phase(self, phase: str) -> None:
+        from infer.serve.link import Progress
+
+        self._timeline.begin(phase)
+        self._link.send(Progress(phase=phase))
+
+    def _crash(self, error: Exception) -> NoReturn:
+        from infer.engine.loop import RankLost
+
+        if isinstance(error, RankLost):
+            print(f"infer: rank 0 ends: {error}".splitlines()[0], file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        self._end(1)
 
     def _loop(self, engine: "Engine") -> None:
         from infer.serve.link import Outputs
@@ -170,6 +195,7 @@ class Server:
     def _connect(self) -> None:
         from infer.serve.link import EngineLink
 
+        assert self._handle is not None
         self._link = EngineLink.connect(self._handle.socket_path, self._inbox.put)
 
     def _say_hello(self, engine: "Engine") -> None:
@@ -192,19 +218,21 @@ class Server:
             engine.abort(request_id)
         logger.error("%s; %d requests were lost; starting another frontend", reason, len(lost))
         self._link.close()
-        self._handle.stop()
+        if self._handle is not None:
+            self._handle.stop()
         while not self._inbox.empty():  # what the old frontend still wanted
             self._inbox.get()
         recent = [at for at in self._frontend_starts if time.monotonic() - at < 60.0]
         if len(recent) > FRONTEND_RESTARTS:
-            raise ValueError(f"the frontend process ended {len(recent)} times within a minute; giving up")
+            raise RuntimeError(f"the frontend process ended {len(recent)} times within a minute; giving up")
         self._handle = self._start_frontend()
         self._connect()
         self._say_hello(engine)
 
-    def _end(self, status: int) -> None:
-        """Ends this process now. The frontend sees the link close and ends too."""
-        self._handle.stop(timeout=3.0)
+    def _end(self, status: int) -> NoReturn:
+        """Ends this process now, and the frontend with it."""
+        if self._handle is not None:
+            self._handle.stop(timeout=3.0)
         sys.stderr.flush()
         os._exit(status)
 
