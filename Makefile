@@ -2,6 +2,8 @@
 # make serve              that, the default model, then the server on http://127.0.0.1:8000
 # make serve MODEL=DIR_OR_HUB_ID TP=2 PP=2 PORT=8001 HOST=0.0.0.0 ARGS="--max-model-len 4096"
 # make test, test-slow    the fast suite (under 10 minutes on 2 cores); the rest
+# make bench             throughput, latency over HTTP, TP=2, PP=2 and start-up, as one table (a few minutes);
+#                        MODEL=DIR_OR_HUB_ID, BENCH_OUT=docs/benchmarks writes it there, named after the CPU or GPU
 # make lint, clean
 #
 # It needs Python 3.11 or newer and, for the native kernels, a C++ compiler. Every target does the set-up it lacks.
@@ -14,6 +16,7 @@ PORT ?= 8000
 # Not ?=: some shells export HOST as this machine's name, which would open the server to the network unasked.
 HOST = 127.0.0.1
 ARGS ?=
+BENCH_OUT ?=
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -28,7 +31,7 @@ PACKAGE_SOURCES := setup.py pyproject.toml $(shell find kernels -type f 2>/dev/n
 CHECK_PYTHON = import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
     f"$(PYTHON) is Python {v.major}.{v.minor}; this needs 3.11 or newer: make install PYTHON=python3.11")
 
-.PHONY: install model serve lint test test-slow clean
+.PHONY: install model serve lint test test-slow bench clean
 .DEFAULT_GOAL := install
 
 install: $(PACKAGE_STAMP)
@@ -65,6 +68,10 @@ test: install model
 
 test-slow: install model
 	$(VENV_PYTHON) -m pytest -m slow $(ARGS)
+
+bench: install $(if $(MODEL),,model)
+	$(VENV_PYTHON) -m infer.bench suite --model '$(or $(MODEL),$(DEFAULT_MODEL))' \
+	    $(if $(BENCH_OUT),--output-dir '$(BENCH_OUT)') $(ARGS)
 
 # models/ stays: it is a download, not a product of the sources.
 clean:

@@ -153,7 +153,7 @@ class ServerConfig:
     host: str = _flag("127.0.0.1", "address to listen on (0.0.0.0: all)")
     port: int = _flag(8000, "port to listen on")
     served_model_name: str | None = _flag(None, "name clients use (default: base name of --model)")
-    max_logprobs: int = _flag(20, "most alternatives a request may ask for with logprobs, top_logprobs, prompt_logprobs")
+    max_logprobs: int = _flag(20, "largest logprobs, top_logprobs and prompt_logprobs a request may ask for")
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_logprobs <= MAX_LOGPROBS:

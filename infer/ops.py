@@ -35,7 +35,10 @@ SCHEMAS = {
         "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
         "Tensor kv_map, float scale, int window, float soft_cap) -> Tensor"
     ),
+    "packed_linear": "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",
 }
+
+LINEAR_LANES = 16  # outputs that a packed weight keeps side by side
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,6 +54,29 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
     return F.linear(x, weight, bias)
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """weight [N, K] -> [ceil(N / 16), ceil(K / P), 16, P], for packed_linear.
+
+    P inputs lie together: 1 in float32, 2 in bfloat16, which are unpacked from one 32-bit load.
+
+    Entry [b, k, l, p] is weight[16 * b + l, P * k + p], zero beyond the weight's ends.
+    """
+    (outputs, inputs), together = weight.shape, 4 // weight.element_size()
+    blocks, groups = -(-outputs // LINEAR_LANES), -(-inputs // together)
+    padded = F.pad(weight, (0, groups * together - inputs, 0, blocks * LINEAR_LANES - outputs))
+    return padded.view(blocks, LINEAR_LANES, groups, together).transpose(1, 2).contiguous()
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """x [T, K] times a weight [outputs, K] packed by pack_linear, transposed, plus bias [outputs]: [T, outputs].
+
+    Sums are float32, over the inputs in rising order: a row's result does not depend on other rows, to the last bit.
+    """
+    if _use_native("packed_linear", x):
+        return torch.ops.infer.packed_linear.default(x, packed, bias, outputs)
+    return packed_linear_reference(x, packed, bias, outputs)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -140,6 +166,11 @@ def paged_attention(
 
 
 # ---------------------------------------------------------------------------------------------- the references
+
+
+def packed_linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    weight = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, : x.shape[1]]
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -253,6 +284,11 @@ def _log_fallback(op: str, what: str) -> None:
     logger.warning("%s: no native kernel for %s, using the PyTorch reference", op, what)
 
 
+def native_available() -> bool:
+    """Whether the native kernels are used at all."""
+    return _native_loaded()
+
+
 @functools.cache
 def _native_loaded() -> bool:
     """Loads infer._kernels once. Where it cannot be used, says why in one log line."""
@@ -319,6 +355,10 @@ def native_problem(schemas: dict[str, str]) -> str:
 
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile and meta tensors."""
+
+    @torch.library.register_fake("infer::packed_linear")
+    def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        return x.new_empty((x.shape[0], outputs))
 
     @torch.library.register_fake("infer::rms_norm")
     def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -98,6 +98,8 @@ def test_mistral_window(tmp_path: Path, fields: dict[str, Any], expected: tuple[
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 3}, (0, 0, 0, 32)),
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}, (32, 32, 32, 32)),
         ({"use_sliding_window": True, "sliding_window": 32}, (0, 0, 0, 0)),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (0, 0, 0, 0)),
+        ({"use_sliding_window": True, "max_window_layers": 0}, (4096,) * 4),
         (
             {
                 "use_sliding_window": True,
@@ -111,6 +113,38 @@ def test_mistral_window(tmp_path: Path, fields: dict[str, Any], expected: tuple[
 )
 def test_qwen_window(tmp_path: Path, fields: dict[str, Any], expected: tuple[int, ...]) -> None:
     assert load(tmp_path, qwen("Qwen2ForCausalLM", **fields)).window == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        # As Qwen 2.5's instructions have it.
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        (LLAMA31 | {"rope_type": "llama3"}, 256),
+    ],
+)
+def test_positions_of_a_scaled_rope(tmp_path: Path, fields: dict[str, Any], expected: int) -> None:
+    assert load(tmp_path, qwen("Qwen2ForCausalLM", rope_scaling=fields)).max_position == expected
+
+
+def test_yarn_beyond_max_position_embeddings_is_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    from infer.layers.rotary import Rotary
+
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    c = load(tmp_path, qwen("Qwen2ForCausalLM", rope_scaling=scaling, rope_theta=1e6, model_type="qwen2"))
+    theirs = Qwen2RotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
+    cos, sin = theirs(torch.zeros(1), torch.arange(1024)[None])
+    ours = Rotary(c.rope, c.max_position, torch.device("cpu")).cos_sin
+    half = c.rope.dim // 2
+    torch.testing.assert_close(ours, torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1), rtol=0, atol=1e-4)
 
 
 def test_end_tokens(tmp_path: Path) -> None:

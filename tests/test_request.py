@@ -3,6 +3,7 @@
 import math
 
 import msgspec
+import numpy as np
 import pytest
 
 from infer.request import FinishReason, SamplingParams, check_prompt
@@ -128,3 +129,42 @@ def test_prompts_that_can():
 
 def test_finish_reasons_read_as_openai_writes_them():
     assert [str(reason) for reason in FinishReason] == ["stop", "length", "abort", "error"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"temperature": np.float64(0.7)}, 0.7),
+        ({"allowed_token_ids": range(3)}, [0, 1, 2]),
+        ({"stop_token_ids": {5: "a", 6: "b"}.keys()}, [5, 6]),
+        ({"stop": ("a", np.str_("b"))}, ["a", "b"]),
+        ({"stop": "a"}, ["a"]),
+        ({"logit_bias": {1: np.float64(2)}}, {1: 2.0}),
+    ],
+)
+def test_what_the_constructor_takes_can_travel(given, kept):
+    params = SamplingParams(**given)
+    (name,) = given
+    assert getattr(params, name) == kept
+    again = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    assert again == params
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"stop": 5},
+        {"stop": "\ud800"},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": "5"},
+        {"stop_token_ids": [2**31]},
+        {"logit_bias": [1]},
+        {"logit_bias": {2**40: 1.0}},
+        {"max_tokens": 10**20},
+        {"top_k": 10**20},
+        {"min_tokens": 10**20},
+    ],
+)
+def test_what_cannot_travel_is_refused_by_name(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        SamplingParams(**given)

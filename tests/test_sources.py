@@ -26,6 +26,8 @@ NO_TORCH = [
     "infer.models.config",
     "infer.parallel.topology",
     "infer.cache.blocks",
+    "infer.bench.__main__",
+    "infer.serve.timeline",
     "infer.engine.batch",
     "infer.engine.scheduler",
     "infer.serve.frontend",

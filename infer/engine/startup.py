@@ -228,6 +228,7 @@ def _load_stage(
         checkpoint = Checkpoint(path)
         load_weights(stage, checkpoint)
         source = f"{checkpoint.bytes_read:,} bytes read"
+    stage.pack()
     layer_range = layers[groups.pp_rank]
     logger.info(
         "Model loading took %.2f GiB memory and %.2f seconds (rank %d: layers %d to %d, %s)",

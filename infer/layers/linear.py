@@ -3,11 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from infer import ops
 from infer.layers.declare import Layer, Placement
 from infer.parallel.placement import Source, WeightSpec
+from infer.quant import Matrix, Plain, choose
+
+
+class MatrixLayer(Layer):
+    """A layer around one declared weight matrix [N, K], used through `matrix` in whatever form it is stored."""
+
+    weight: nn.Parameter
+    matrix: Matrix
+
+    def hold(self, spec: WeightSpec, place: Placement) -> None:
+        """Declares the weight."""
+        self.weight = self.declare("weight", spec, place)
+        self.matrix = Plain(self.weight)
+
+    def pack(self, needs_rows: bool = False) -> None:
+        """Once the weight is loaded: keeps it in the form that is fastest here, and frees the form it was loaded in."""
+        self.matrix = choose(self.weight.data, needs_rows)
+        if not isinstance(self.matrix, Plain):
+            self.weight.data = torch.empty(0, dtype=self.weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -22,22 +41,22 @@ class Rows:
     held: range
 
 
-class ColumnLinear(Layer):
+class ColumnLinear(MatrixLayer):
     """x [T, in_features] -> [T, sum of held rows]: this rank's outputs of several projections, one after another."""
 
     def __init__(self, in_features: int, parts: Sequence[Rows], bias: bool, place: Placement):
         super().__init__()
         columns = range(in_features)
         weight = [Source(f"{p.source}.weight", (p.total, in_features), (p.held, columns)) for p in parts]
-        self.weight = self.declare("weight", WeightSpec(tuple(weight)), place)
+        self.hold(WeightSpec(tuple(weight)), place)
         biases = [Source(f"{p.source}.bias", (p.total,), (p.held,)) for p in parts]
         self.bias = self.declare("bias", WeightSpec(tuple(biases)), place) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return self.matrix.multiply(x, self.bias)
 
 
-class RowLinear(Layer):
+class RowLinear(MatrixLayer):
     """x [T, len(held)] -> [T, out_features]: each rank multiplies the input columns it has; the sum is over the ranks.
 
     source: checkpoint name without ".weight". total: its input features. held: the interval of them in x.
@@ -48,10 +67,10 @@ class RowLinear(Layer):
         super().__init__()
         self.tp = place.tp
         weight = Source(f"{source}.weight", (out_features, total), (range(out_features), held))
-        self.weight = self.declare("weight", WeightSpec((weight,)), place)
+        self.hold(WeightSpec((weight,)), place)
         whole = Source(f"{source}.bias", (out_features,), (range(out_features),))
         adds_bias = bias and place.tp.index == 0
         self.bias = self.declare("bias", WeightSpec((whole,)), place) if adds_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(ops.linear(x, self.weight, self.bias))
+        return self.tp.all_reduce(self.matrix.multiply(x, self.bias))

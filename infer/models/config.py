@@ -113,6 +113,7 @@ def decoder_config(
     if head_dim % 2:
         raise f.error("head_dim", "must be even: rotary embedding turns pairs of dimensions")
     max_position = f.count("max_position_embeddings")
+    rope = read_rope(f, head_dim, max_position)
     return ModelConfig(
         architecture=architecture_of(f),
         vocab_size=f.count("vocab_size"),
@@ -123,8 +124,8 @@ def decoder_config(
         head_dim=head_dim,
         intermediate_size=f.count("intermediate_size"),
         norm_eps=f.number("rms_norm_eps", 1e-6),
-        rope=read_rope(f, head_dim, max_position),
-        max_position=max_position,
+        rope=rope,
+        max_position=max(max_position, _scaled_length(rope)),
         window=window or (0,) * num_layers,
         activation=ACTIVATIONS[f.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         tie_embeddings=f.flag("tie_word_embeddings", False),
@@ -133,6 +134,12 @@ def decoder_config(
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
     )
+
+
+def sliding_window(f: Fields) -> int:
+    """The `sliding_window` of families that have one. An absent one is 4096, as in their own code; null is none (0)."""
+    disabled = "sliding_window" in f.data and f.get("sliding_window") is None
+    return 0 if disabled else f.count("sliding_window", 4096)
 
 
 def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
@@ -147,6 +154,11 @@ def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
         raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
     scaling = ROPE_TYPES[kind](f, r, max_position)
     return RopeConfig(type=kind, theta=r.number("rope_theta", 10000.0), dim=dim, **scaling)
+
+
+def _scaled_length(rope: RopeConfig) -> int:
+    """The length scaling was made for. With yarn, config.json often keeps the one before (Qwen 2.5's instructions)."""
+    return int(rope.original_max_position * rope.factor) if rope.type == "yarn" else 0
 
 
 def _original_max_position(f: Fields, r: Fields, max_position: int) -> int:

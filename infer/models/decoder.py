@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from infer.layers.attention import Attention, ForwardContext
 from infer.layers.declare import Placement, declared
 from infer.layers.ffn import MLP
+from infer.layers.linear import MatrixLayer
 from infer.layers.norm import RMSNorm
 from infer.layers.rotary import Rotary
 from infer.layers.vocab import LMHead, VocabEmbedding
@@ -84,6 +85,12 @@ class Stage(nn.Module):
         self.kv_heads = len(split_heads(c.num_heads, c.num_kv_heads, tp.size)[tp.index].kv)
         self.kv_bytes_per_token = 2 * len(layers) * self.kv_heads * c.head_dim * dtype.itemsize
         self.parameter_bytes = sum(spec.local_numel * dtype.itemsize for _, spec in declared(self))
+
+    def pack(self) -> None:
+        """Once the weights are loaded: keeps each matrix in the form that is fastest here (quant.py)."""
+        for layer in self.modules():
+            if isinstance(layer, MatrixLayer) and "weight" in layer.specs:
+                layer.pack()
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x: token ids [T] int64 on the first stage, the previous stage's output on the others.

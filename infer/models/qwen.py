@@ -1,6 +1,6 @@
 """Qwen 2, 2.5 and 3 (dense): Llama with biases on q, k and v (2), or norms on q and k (3)."""
 
-from infer.models.config import ModelConfig, decoder_config
+from infer.models.config import ModelConfig, decoder_config, sliding_window
 from infer.models.fields import Fields
 
 
@@ -17,7 +17,7 @@ def _window(f: Fields) -> tuple[int, ...]:
     """sliding_window counts only with use_sliding_window, and in the layers that layer_types names, else in those from
     max_window_layers on (the name notwithstanding)."""
     num_layers, first = f.count("num_hidden_layers"), f.get("max_window_layers")
-    size = f.count("sliding_window", 4096) if f.flag("use_sliding_window", False) else 0
+    size = sliding_window(f) if f.flag("use_sliding_window", False) else 0
     kinds = f.get("layer_types")
     if kinds is None:
         first = 28 if first is None else first

@@ -83,13 +83,13 @@ class ChatTemplate:
         if not messages or not isinstance(messages[-1].get("content"), str):
             raise ValueError("continue_final_message needs a last message with text content")
         # A mark no message can hold shows where the last message's text ends, whatever the template adds after it.
-        mark = uuid.uuid4().hex
-        last = {**messages[-1], "content": messages[-1]["content"] + mark}
-        text = self._render([*messages[:-1], last], False, variables)
+        # The space after it goes where the template trims messages: then the text's own last spaces go too.
+        content, mark = messages[-1]["content"], uuid.uuid4().hex
+        text = self._render([*messages[:-1], {**messages[-1], "content": f"{content}{mark} "}], False, variables)
         end = text.rfind(mark)
-        if end < 0:
-            raise ValueError("continue_final_message: the chat template leaves out the last message's text")
-        return text[:end]
+        if end < 0 or content.strip() not in text:
+            raise ValueError("continue_final_message: the chat template leaves out text of the last message")
+        return text[:end] if text.startswith(mark + " ", end) else text[:end].rstrip()
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]

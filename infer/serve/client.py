@@ -5,9 +5,10 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from infer.request import Output, Request
+from infer.request import Output, Request, TokenLogprobs
+from infer.serve.errors import ApiError
 from infer.serve.link import (
     HEADER,
     Abort,
@@ -22,10 +23,11 @@ from infer.serve.link import (
     encode_frame,
     frame_length,
 )
-from infer.serve.schema import ApiError
 
-# What may wait for a client that reads too slowly: tokens and log-probabilities, some 100 bytes each.
+# What earlier frames may have left waiting for a client that reads too slowly when another comes: tokens and
+# log-probabilities, some 100 bytes each.
 MAX_PENDING_ENTRIES = 1 << 16
+MAX_PENDING_WHILE_RENDERING = 1 << 18  # then it is the frontend that is slow
 DISCONNECT_S = 1.0
 
 logger = logging.getLogger("infer.frontend")
@@ -44,6 +46,7 @@ class Job:
         # Choices that the client awaits and the engine works on: they leave when either is done with them.
         self.open = {request.request_id: set(range(request.params.n)) for request in requests}
         self.on_overflow = on_overflow
+        self.is_rendering = False
         self._outputs: list[Output] = []
         self._num_pending = 0
         self._failure: ApiError | None = None
@@ -64,7 +67,8 @@ class Job:
     @property
     def overflowing(self) -> bool:
         """Whether the client is so slow that the job must end. Only streams can fall behind."""
-        return self.on_overflow is not None and self._num_pending > MAX_PENDING_ENTRIES
+        most = MAX_PENDING_WHILE_RENDERING if self.is_rendering else MAX_PENDING_ENTRIES
+        return self.on_overflow is not None and self._num_pending > most
 
     def fail(self, error: ApiError) -> None:
         """Makes take() raise once the outputs that came before are taken."""
@@ -83,8 +87,12 @@ class Job:
 
 
 def _num_entries(output: Output) -> int:
-    logprobs = [*(output.logprobs or ()), *(output.prompt_logprobs or ())]
-    return len(output.token_ids) + sum(len(entry.tokens) for entry in logprobs if entry is not None)
+    return len(output.token_ids) + num_logprobs(output.logprobs) + num_logprobs(output.prompt_logprobs)
+
+
+def num_logprobs(entries: Iterable[TokenLogprobs | None] | None) -> int:
+    """Log-probabilities in all, alternatives included."""
+    return sum(len(entry.tokens) for entry in entries or () if entry is not None)
 
 
 class EngineClient:
@@ -158,6 +166,7 @@ class EngineClient:
                     reason = f"the engine has ended: {message.reason}"
                 else:
                     self._receive(message)
+                await asyncio.sleep(0)  # handlers take what has come before the next frame finds it waiting
         except asyncio.IncompleteReadError:
             pass  # the end of the connection is the engine's end
         except OSError as error:
@@ -174,6 +183,8 @@ class EngineClient:
     def _receive(self, message: Message) -> None:
         match message:
             case Outputs():
+                for job in {self._jobs[o.request_id] for o in message.items if o.request_id in self._jobs}:
+                    self._end_if_overflowing(job)
                 for output in message.items:
                     self._dispatch(output)
             case Progress():
@@ -192,6 +203,8 @@ class EngineClient:
         if not 0 <= output.index < job.requests[output.request_id].params.n:
             raise LinkError(f"request {output.request_id} has no choice {output.index}")
         job.put(output)
+
+    def _end_if_overflowing(self, job: Job) -> None:
         if job.overflowing:
             logger.warning("A client reads too slowly; its request is ended")
             assert job.on_overflow is not None

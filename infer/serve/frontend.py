@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import gc
 import logging
 import os
 import signal
@@ -24,8 +25,8 @@ from aiohttp import web
 
 from infer.serve.api import Api, error_response
 from infer.serve.client import EngineClient
+from infer.serve.errors import ApiError
 from infer.serve.link import Ready, remove_socket
-from infer.serve.schema import ApiError
 from infer.serve.text import Tokenizer
 
 KEEPALIVE_S = 30.0  # also the longest wait for a request's headers
@@ -109,23 +110,13 @@ class Frontend:
 
     async def run(self) -> int:
         """Serves until the engine ends or a signal comes; returns the exit status. Raises ValueError at the start."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, f"the server was told to end ({number.name})", 0)
-        self._watch_engine(loop)
-        sockets = listen(self._args.host, self._args.port)
-        # From here on a client may connect, and gets its answer once the process is ready.
-        tokenizer = Tokenizer.load(self._args.tokenizer_path)
-        engine_server = await asyncio.start_unix_server(self._client.serve, path=self._socket_path, limit=1 << 20)
-        api = Api(self._client, tokenizer, self._args.model_path)
-        runner = web.AppRunner(api.app(), handler_cancellation=True)
-        await runner.setup()
-        web_server = runner.server
-        assert web_server is not None  # since setup()
-        connection = functools.partial(JsonErrors, web_server, loop=loop, **_CONNECTION)
-        servers = [await loop.create_server(connection, sock=listener) for listener in sockets]
-        report(self._args, Ready(port=sockets[0].getsockname()[1]))
-        announcing = asyncio.create_task(self._announce(sockets[0]))
+        try:
+            api, runner, servers, engine_server = await self._start()
+        except OSError as error:
+            raise ValueError(f"the frontend cannot start: {error}") from None
+        address = servers[0].sockets[0].getsockname()
+        report(self._args, Ready(port=address[1]))
+        announcing = asyncio.create_task(self._announce(*address[:2]))
         lost = asyncio.create_task(self._client.lost.wait())
         lost.add_done_callback(lambda _: self._end(self._client.lost_reason, 1))
         await self._ending.wait()
@@ -142,6 +133,25 @@ class Frontend:
         await self._client.disconnect(self._reason)
         await self._drain(runner, api)
         return self._status
+
+    async def _start(self) -> tuple[Api, web.AppRunner, list[asyncio.Server], asyncio.Server]:
+        """The HTTP servers, one an address, and the engine's. Raises ValueError or OSError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, f"the server was told to end ({number.name})", 0)
+        self._watch_engine(loop)
+        sockets = listen(self._args.host, self._args.port)
+        # From here on a client may connect, and gets its answer once the process is ready.
+        tokenizer = Tokenizer.load(self._args.tokenizer_path)
+        engine_server = await asyncio.start_unix_server(self._client.serve, path=self._socket_path, limit=1 << 20)
+        api = Api(self._client, tokenizer, self._args.model_path, self._args.max_logprobs)
+        runner = web.AppRunner(api.app(), handler_cancellation=True)
+        await runner.setup()
+        web_server = runner.server
+        assert web_server is not None  # since setup()
+        connection = functools.partial(JsonErrors, web_server, loop=loop, **_CONNECTION)
+        servers = [await loop.create_server(connection, sock=listener) for listener in sockets]
+        return api, runner, servers, engine_server
 
     def _end(self, reason: str, status: int) -> None:
         """The first reason counts."""
@@ -174,10 +184,9 @@ class Frontend:
         # Its socket ends at the same time, and what still waits there may hold last outputs and a better reason.
         loop.call_later(0.5, self._end, gone, 1)
 
-    async def _announce(self, listener: socket.socket) -> None:
+    async def _announce(self, host: str, port: int) -> None:
         """One line when requests can come."""
         await self._client.connected.wait()
-        host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         logger.info("Serving %s on http://%s:%d", self._client.model_name, shown, port)
 
@@ -212,6 +221,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="the model's directory, told by /v1/models")
     parser.add_argument("--tokenizer-path", required=True, help="directory with tokenizer.json")
     parser.add_argument("--served-model-name", required=True, help="name clients use")
+    parser.add_argument("--max-logprobs", required=True, type=int, help="largest logprobs a request may ask for")
     parser.add_argument("--engine-pid", required=True, type=int, help="process to end with")
     parser.add_argument("--report-fd", type=int, help="pipe for one line: ready, or why not")
     return parser.parse_args(argv)
@@ -224,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # what it calls errors are clients' malformed requests
+    # The default thresholds make one large body of many small values four times slower, with every thread waiting.
+    gc.set_threshold(50_000, 20, 50)
     os.umask(0o077)  # the socket is for this user alone
     try:
         return asyncio.run(_run(args))

@@ -30,6 +30,9 @@ from infer.request import FinishReason, Output, Request
 MAX_FRAME_BYTES = 256 << 20
 MAX_OUTPUTS_PER_FRAME = 1024
 HEADER = struct.Struct("<I")
+SOCKET_NAME = "engine.sock"
+DIRECTORY_PREFIX = "infer-"
+MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
 
 
 class LinkError(ValueError):
@@ -313,13 +316,13 @@ def start_frontend(
     The frontend ends by itself when the calling process does. Raises ValueError with its one-line reason when it cannot
     start: port taken, no such address, tokenizer missing or corrupt.
     """
-    directory = Path(tempfile.mkdtemp(prefix="infer-"))  # mode 0700: nobody else can reach the socket
-    socket_path = directory / "engine.sock"
+    socket_path = _private_directory() / SOCKET_NAME
     report, report_for_child = os.pipe()
     command = [
         sys.executable, "-m", "infer.serve.frontend",
         "--host", server.host, "--port", str(server.port), "--socket", str(socket_path),
         "--model-path", str(model_path), "--tokenizer-path", str(tokenizer_path), "--served-model-name", served_name,
+        "--max-logprobs", str(server.max_logprobs),
         "--engine-pid", str(os.getpid()), "--report-fd", str(report_for_child),
     ]  # fmt: skip
     try:
@@ -344,6 +347,19 @@ def start_frontend(
         raise
     handle.port = ready.port
     return handle
+
+
+def _private_directory() -> Path:
+    """A new directory that nobody else can enter (mode 0700), of a path short enough for a socket in it.
+
+    Raises ValueError where none can be made.
+    """
+    longest = MAX_SOCKET_PATH_BYTES - len(f"/{DIRECTORY_PREFIX}12345678/{SOCKET_NAME}")  # mkdtemp adds 8 characters
+    parents = [parent for parent in (tempfile.gettempdir(), "/tmp") if len(os.fsencode(parent)) <= longest]
+    try:
+        return Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=parents[0]))
+    except OSError as error:
+        raise ValueError(f"no directory for the engine's socket: {error}; set TMPDIR to one that takes files") from None
 
 
 def remove_socket(path: Path) -> None:

@@ -1,15 +1,17 @@
 """Engine outputs to OpenAI's JSON: choices, log-probabilities, usage, replies and stream chunks. No torch here."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from infer.request import FinishReason, Output, Request, TokenLogprobs
+from infer.serve.client import num_logprobs
 from infer.serve.schema import ChatBody, CompletionBody
 from infer.serve.text import TextStream, Tokenizer
 
-MIN_LOGPROB = -9999.0  # JSON has no -inf
+MIN_LOGPROB = -9999.0  # for what JSON lacks, -inf and NaN, as in vLLM
 
 
 @dataclass
@@ -32,11 +34,19 @@ class Delta:
 
 
 class Choice:
-    """One choice on its way: its text, why it ended, and what a whole reply needs of it."""
+    """One choice on its way: its text, why it ended, and what a whole reply needs of it.
 
-    def __init__(self, index: int, prompt: Prompt, request: Request, tokenizer: Tokenizer) -> None:
+    only_scores: the tokens generated are nobody's wish, and left out. keep_logprobs: for a whole reply.
+    """
+
+    def __init__(
+        self, index: int, prompt: Prompt, request: Request, tokenizer: Tokenizer, only_scores: bool = False,
+        keep_logprobs: bool = True,
+    ) -> None:  # fmt: skip
         self.index = index
         self.prompt = prompt
+        self.keep_logprobs = keep_logprobs
+        self._only_scores = only_scores
         self.stream = TextStream(tokenizer, request.params, request.prompt_token_ids)
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -46,12 +56,16 @@ class Choice:
 
     def accept(self, output: Output) -> Delta:
         """Adds an output. finish_reason is set afterwards if the choice is over for the client."""
+        if self._only_scores:
+            self.finish_reason = None if output.finish_reason is None else "length"
+            return Delta("")
         before = self.stream.num_tokens
         text = self.stream.append(output.token_ids, stopped=output.finish_reason is FinishReason.STOP)
         if output.finish_reason is not None:
             text += self.stream.finish()
         logprobs = (output.logprobs or [])[: self.stream.num_tokens - before]
-        self.logprobs += logprobs
+        if self.keep_logprobs:
+            self.logprobs += logprobs
         if self.stream.stop_reason is not None:
             self.finish_reason, self.stop_reason = "stop", self.stream.stop_reason
         elif output.finish_reason is not None:
@@ -77,7 +91,11 @@ def _distinct(entry: TokenLogprobs) -> Iterator[tuple[int, float, int]]:
     for token, logprob, rank in zip(entry.tokens, entry.logprobs, entry.ranks, strict=True):
         if token not in seen:
             seen.add(token)
-            yield token, max(logprob, MIN_LOGPROB), rank
+            yield token, _finite(logprob), rank
+
+
+def _finite(logprob: float) -> float:
+    return logprob if MIN_LOGPROB < logprob < math.inf else MIN_LOGPROB  # NaN compares false
 
 
 class Reply:
@@ -105,6 +123,10 @@ class Reply:
             return None
         choice.num_chunks += 1
         return {**self._head(self.chunk_object_name), "choices": [shown]}
+
+    def num_logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprobs]) -> int:
+        """At most so many are rendered when these are; the first time, the prompt's come with them."""
+        return num_logprobs(logprobs) + (0 if choice.num_chunks else num_logprobs(choice.prompt.logprobs))
 
     def usage_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
         """The last event of a stream with include_usage."""
@@ -176,7 +198,7 @@ class CompletionReply(Reply):
             choice.offset += len(tokens[-1])
         return {
             "tokens": tokens,
-            "token_logprobs": [None if entry is None else max(entry.logprobs[0], MIN_LOGPROB) for _, entry in entries],
+            "token_logprobs": [None if entry is None else _finite(entry.logprobs[0]) for _, entry in entries],
             "top_logprobs": [None if entry is None else self._alternatives(entry) for _, entry in entries],
             "text_offset": offsets,
         }
@@ -184,7 +206,8 @@ class CompletionReply(Reply):
     def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
         shown: dict[str, float] = {}
         for token, logprob, _ in _distinct(entry):
-            shown.setdefault(self._tokenizer.token(token), logprob)  # of tokens that look alike, the likelier one
+            text = self._tokenizer.token(token)
+            shown[text] = max(logprob, shown.get(text, logprob))  # of tokens that look alike, the likelier one
         return shown
 
 

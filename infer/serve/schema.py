@@ -6,52 +6,37 @@ Every field is one of three: taken (a struct's field), without effect here (acce
 
 import difflib
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
-from infer.request import MAX_CHOICES, SamplingParams
+from infer.request import MAX_CHOICES, MAX_STOP_STRINGS, SamplingParams
 from infer.serve.chat import RESERVED
+from infer.serve.errors import ApiError, bad_request, show
+from infer.serve.messages import template_message
 
 MAX_STOP_CHARS = 1024
-MAX_MESSAGE_CHARS = 1000  # of an error's text
-MAX_LOGPROB_ENTRIES = 1 << 22  # in one response; each takes some 100 bytes here
+MAX_LOGPROB_ENTRIES = 1 << 18  # held for one reply; each takes some 100 bytes here
+# The engine holds stop_token_ids, allowed_token_ids and logit_bias once a choice.
+MAX_TOKEN_LIST_ENTRIES = 1 << 20
 MAX_TOP_K = 2**31 - 1
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class ApiError(Exception):
-    """An error as the client gets it: an HTTP status and OpenAI's error object."""
-
-    def __init__(
-        self, status: int, message: str, *, type: str = "invalid_request_error", param: str | None = None,
-        code: str | None = None, headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
-        if len(message) > MAX_MESSAGE_CHARS:
-            message = message[:MAX_MESSAGE_CHARS] + "..."
-        super().__init__(message)
-        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        """The JSON object clients know."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    return ApiError(400, message, param=param, code=code)
+# Checked before anything looks at the entries.
+MAX_ENTRIES = {"messages": 4096, "stop": MAX_STOP_STRINGS, "stop_token_ids": 1024, "logit_bias": 1024}
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """include_usage: a last chunk with the usage. continuous_usage_stats: the usage so far in every chunk."""
+    """include_usage: a last chunk with the usage. continuous_usage_stats: the usage so far in every chunk.
+    include_obfuscation: padding against eavesdroppers, which this server does not add."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The fields both routes share. SamplingParams checks their ranges."""
+
+    logprobs_field: ClassVar[str]  # the one that num_logprobs comes from
 
     model: str | None = None
     n: int = 1
@@ -97,18 +82,53 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def num_prompt_logprobs(self) -> int | None:
         return self.prompt_logprobs
 
+    @property
+    def num_prompt_logprobs_shown(self) -> int:
+        """How often the reply repeats the log-probabilities of one prompt."""
+        return 0 if self.prompt_logprobs is None else 1
+
+    @property
+    def num_choices(self) -> int:
+        """Of the whole reply."""
+        return max(self.n, 1)
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether no token is wanted, just the prompt's log-probabilities. The engine generates one all the same."""
+        return False
+
     def check(self) -> None:
         """Raises ApiError for what SamplingParams cannot know."""
-        if self.stream_options is not None and not self.stream:
-            raise bad_request("stream_options needs stream to be true", "stream_options")
+        if self.stream_options is not None:
+            self._check_stream_options(self.stream_options)
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request("prompt_logprobs is not available with stream; leave one of them out", "prompt_logprobs")
         if self.top_k > MAX_TOP_K:
             raise bad_request(f"top_k must be at most {MAX_TOP_K}, not {self.top_k}", "top_k")
+        num_entries = sum(len(x or ()) for x in (self.stop_token_ids, self.allowed_token_ids, self.logit_bias))
+        if num_entries * self.num_choices > MAX_TOKEN_LIST_ENTRIES:
+            raise bad_request(
+                f"stop_token_ids, allowed_token_ids and logit_bias have {num_entries} entries for each of "
+                f"{self.num_choices} choices; one request may have {MAX_TOKEN_LIST_ENTRIES}. Send several requests"
+            )
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         longest = max(map(len, stops), default=0)
         if longest > MAX_STOP_CHARS:
             raise bad_request(f"a stop string may have {MAX_STOP_CHARS} characters, not {longest}", "stop")
+
+    def _check_stream_options(self, options: StreamOptions) -> None:
+        if not self.stream:
+            raise bad_request("stream_options needs stream to be true", "stream_options")
+        if options.include_obfuscation:
+            raise bad_request(
+                "stream_options.include_obfuscation is not supported by this server; set it to false", "stream_options"
+            )
+
+    def check_logprobs(self, most: int) -> None:
+        """Raises ApiError where more alternatives are asked for than this server gives (--max-logprobs)."""
+        for name, value in ((self.logprobs_field, self.num_logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None and not 0 <= value <= most:
+                raise bad_request(f"{name} must be from 0 to {most} (--max-logprobs of this server), not {value}", name)
 
     def sampling_params(self, max_tokens: int) -> SamplingParams:
         """Raises ApiError that names the field."""
@@ -127,7 +147,10 @@ _SAMPLING_FIELDS = tuple(name for name in SamplingBody.__struct_fields__ if name
 
 
 class CompletionBody(SamplingBody):
-    """POST /v1/completions. prompt: text, token ids, or a list of either."""
+    """POST /v1/completions. prompt: text, token ids, or a list of either; a list in any case once check() has run.
+    max_tokens 0 with echo scores the prompt."""
+
+    logprobs_field: ClassVar[str] = "logprobs"
 
     prompt: Any
     echo: bool = False
@@ -137,7 +160,11 @@ class CompletionBody(SamplingBody):
 
     @property
     def max_new_tokens(self) -> int | None:
-        return self.max_tokens
+        return 1 if self.only_scores else self.max_tokens
+
+    @property
+    def only_scores(self) -> bool:
+        return self.max_tokens == 0 and self.echo
 
     @property
     def num_logprobs(self) -> int | None:
@@ -149,33 +176,45 @@ class CompletionBody(SamplingBody):
             return self.logprobs  # an echoed prompt comes with log-probabilities of its own
         return self.prompt_logprobs
 
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Raises ApiError unless `prompt` has one of its four forms."""
+    @property
+    def num_prompt_logprobs_shown(self) -> int:
+        echoed = self.echo and self.logprobs is not None
+        return max(self.n, 1) * (echoed + (self.prompt_logprobs is not None))
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompt) * max(self.n, 1)
+
+    def check(self) -> None:
+        self.prompt = self._prompt_list()
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens must be at least 1, not 0; with echo, 0 scores the prompt", "max_tokens")
+        if self.only_scores and self.min_tokens > 0:
+            raise bad_request(f"min_tokens must be at most max_tokens (0), not {self.min_tokens}", "min_tokens")
+
+    def _prompt_list(self) -> list[str] | list[list[int]]:
+        """Raises ApiError unless `prompt` has one of its four forms, and for too many."""
         prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
+            prompt = [prompt]
         if not isinstance(prompt, list):
             raise _bad_prompt()
         if not prompt:
             raise bad_request("prompt is an empty list; give at least one prompt or token id", "prompt")
-        if _is_token_list(prompt):
-            return [prompt]
+        if len(prompt) * max(self.n, 1) > MAX_CHOICES:  # before anything looks at each
+            raise bad_request(
+                f"one request may ask for {MAX_CHOICES} choices (prompts times n), not {len(prompt)} x {self.n}; "
+                "send several requests", "prompt",
+            )  # fmt: skip
         if all(isinstance(item, str) for item in prompt) or all(map(_is_token_list, prompt)):
             return prompt
         raise _bad_prompt()
 
-    def check(self) -> None:
-        super().check()
-        if len(self.prompts()) * max(self.n, 1) > MAX_CHOICES:
-            raise bad_request(
-                f"one request may ask for {MAX_CHOICES} choices (prompts times n), not "
-                f"{len(self.prompts())} x {self.n}; send several requests", "prompt",
-            )  # fmt: skip
-
 
 def _is_token_list(value: Any) -> bool:
     # A fresh request is all there is to trust: bool is an int to Python, but not to JSON.
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _bad_prompt() -> ApiError:
@@ -185,7 +224,10 @@ def _bad_prompt() -> ApiError:
 
 
 class ChatBody(SamplingBody):
-    """POST /v1/chat/completions. max_tokens is the older name of max_completion_tokens."""
+    """POST /v1/chat/completions. max_tokens is the older name of max_completion_tokens. messages: as templates expect
+    them once check() has run."""
+
+    logprobs_field: ClassVar[str] = "top_logprobs"
 
     messages: list[dict[str, Any]]
     max_tokens: int | None = None
@@ -225,46 +267,7 @@ class ChatBody(SamplingBody):
                 raise bad_request(f"chat_template_kwargs must not set {name[:40]}", "chat_template_kwargs")
         if not self.messages:
             raise bad_request("messages is empty; give at least one message", "messages")
-
-    def template_messages(self) -> list[dict[str, Any]]:
-        """The messages with their text parts joined, as templates expect them. Raises ApiError naming what is wrong."""
-        return [_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
-
-
-_MESSAGE_FIELDS = {"role", "content", "name", "tool_call_id"}
-
-
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    message = {name: value for name, value in message.items() if value is not None}
-    role = message.get("role")
-    if role not in ROLES:
-        raise bad_request(f"{where}.role must be one of {', '.join(ROLES)}, not {_show(role)}", "messages")
-    for name, value in message.items():
-        if name not in _MESSAGE_FIELDS:
-            raise bad_request(
-                f"{where}.{name[:40]} is not supported; known are {', '.join(sorted(_MESSAGE_FIELDS))}", "messages"
-            )
-        if name != "content" and not isinstance(value, str):
-            raise bad_request(f"{where}.{name} must be a string, not {_show(value)}", "messages")
-    return {**message, "content": _content_text(message.get("content"), where + ".content")}
-
-
-def _content_text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"{where} must be a string or a list of text parts, not {_show(content)}", "messages")
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise bad_request(
-                f'{where}[{i}] must be {{"type": "text", "text": ...}}; this server takes text only'
-                + (f", not {_show(kind)}" if isinstance(kind, str) and kind != "text" else ""),
-                "messages",
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)
+        self.messages = [template_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
 
 
 _IGNORED = {
@@ -314,6 +317,9 @@ def parse(data: bytes, kind: type[Body]) -> Body:
     for name in list(fields):
         if name not in kind.__struct_fields__:
             _check_untaken(name, fields.pop(name), kind)
+    for name, most in MAX_ENTRIES.items():
+        if isinstance(value := fields.get(name), (list, dict)) and len(value) > most:
+            raise bad_request(f"{name} may hold {most} entries, not {len(value)}", name)
     try:
         body = msgspec.convert(fields, kind, str_keys=True)
     except msgspec.ValidationError as error:
@@ -332,7 +338,7 @@ def _decode(data: bytes) -> dict[str, Any]:
     except (msgspec.DecodeError, ValueError) as error:
         raise bad_request(f"the body is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise bad_request(f"the body must be a JSON object, not {_show(raw)}")
+        raise bad_request(f"the body must be a JSON object, not {show(raw)}")
     return raw
 
 
@@ -361,29 +367,3 @@ def _validation_error(text: str) -> ApiError:
     reason = reason.replace("`", "")
     param = re.split(r"[.\[]", name)[0] or None
     return bad_request(f"{name}: {reason[:1].lower()}{reason[1:]}" if name else reason, param)
-
-
-def _show(value: Any) -> str:
-    """A value of unknown size, for an error's text."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 40 else value[:40] + "...")
-    if isinstance(value, (bool, int, float)):
-        return str(value).lower()[:40]
-    return "an object" if isinstance(value, dict) else "a list"
-
-
-def model_not_found(name: str, served: str) -> ApiError:
-    message = f"the model {_show(name)} does not exist; this server has {served!r}"
-    return ApiError(404, message, param="model", code="model_not_found")
-
-
-def too_long(num_prompt: int, max_new_tokens: int | None, max_model_len: int) -> ApiError:
-    """The prompt, alone or with the tokens asked for, is over the context."""
-    asked = "" if max_new_tokens is None else f" and asks for {max_new_tokens} more"
-    return bad_request(
-        f"this model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} tokens{asked}. "
-        "Shorten the prompt or ask for fewer tokens",
-        param=None if max_new_tokens is None else "max_tokens", code="context_length_exceeded",
-    )  # fmt: skip

@@ -4,6 +4,7 @@ The frontend and LLM share these classes, so that both give the same text.
 """
 
 import codecs
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, processors
+from tokenizers import decoders
 
 from infer.request import SamplingParams
 from infer.serve.chat import ChatTemplate
@@ -25,17 +26,19 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 class Tokenizer:
     """A Hugging Face tokenizer directory, with the results AutoTokenizer would give.
 
+    What goes around a text (a leading BOS) is tokenizer.json's to say: its post-processor was made from
+    tokenizer_config.json's add_bos_token and add_eos_token, which AutoTokenizer does not read beside it either.
+
     vocab_size: ids are [0, vocab_size) (the model's own vocabulary may be padded beyond). special_ids: left out of
     decoded text by skip_special_tokens. max_token_chars: no token stands for more characters.
     """
 
-    def __init__(self, backend: Backend, config: Mapping[str, Any], template: ChatTemplate | None, path: Path) -> None:
+    def __init__(self, backend: Backend, template: ChatTemplate | None, path: Path) -> None:
         self._backend = backend
         self._template = template
         self._path = path
         backend.no_truncation()  # some files carry the limits of their training run
         backend.no_padding()
-        _set_bos_eos(backend, config)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
@@ -59,7 +62,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for every defect
             raise ValueError(f"{file} is not a tokenizer: {str(error)[:300]}") from None
         config = _read_config(path / "tokenizer_config.json")
-        return cls(backend, config, _read_template(path, config), path)
+        return cls(backend, _read_template(path, config), path)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids. add_special_tokens adds what the tokenizer itself wants around a text, such as a leading BOS."""
@@ -89,9 +92,17 @@ class Tokenizer:
             return b""
         if self.is_byte_level:
             return byte_level_bytes(piece)
-        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(piece)):
+        if match := self._byte_token(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode("utf-8", "replace")
+
+    def _byte_token(self, piece: str) -> re.Match[str] | None:
+        return _BYTE_TOKEN.fullmatch(piece) if self._byte_fallback else None
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Whether a token stands for one byte of a character the vocabulary lacks (never with byte-level BPE)."""
+        piece = self._backend.id_to_token(token_id)
+        return piece is not None and self._byte_token(piece) is not None
 
     @property
     def has_chat_template(self) -> bool:
@@ -153,20 +164,6 @@ def _content(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _set_bos_eos(backend: Backend, config: Mapping[str, Any]) -> None:
-    """add_bos_token and add_eos_token, where the config states them, replace the file's post-processor."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = _content(config.get("bos_token")) if config.get("add_bos_token") else None
-    eos = _content(config.get("eos_token")) if config.get("add_eos_token") else None
-    around = [(text, backend.token_to_id(text)) for text in (bos, eos) if text is not None]
-    missing = [text for text, token_id in around if token_id is None]
-    if missing:
-        raise ValueError(f"tokenizer_config.json adds {missing[0]!r} to every text, but tokenizer.json lacks it")
-    single = " ".join(filter(None, (bos, "$A", eos)))
-    backend.post_processor = processors.TemplateProcessing(single=single, pair=None, special_tokens=around)
-
-
 def _is_byte_level(backend: Backend) -> bool:
     return isinstance(backend.decoder, decoders.ByteLevel)
 
@@ -222,9 +219,19 @@ class _WindowDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window = [t for t in prompt_token_ids[-PROMPT_WINDOW:] if not self._is_skipped(t)]
+        self._window = self._context(prompt_token_ids)
         self._shown = len(self._window)
         self._shown_text = self._decode()
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, without half characters: one that it ends in would swallow generated text, since
+        bytes are decoded, or replaced by U+FFFD, together with their neighbours."""
+        is_byte = self._tokenizer.is_byte_token
+        tokens = (t for t in reversed(prompt_token_ids) if not self._is_skipped(t) and not is_byte(t))
+        context = [*itertools.islice(tokens, PROMPT_WINDOW)][::-1]
+        while context and self._tokenizer.decode(context, skip_special_tokens=self._skip).endswith("\ufffd"):
+            context.pop()
+        return context
 
     def _is_skipped(self, token_id: int) -> bool:
         return self._skip and token_id in self._tokenizer.special_ids

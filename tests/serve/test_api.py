@@ -1,7 +1,9 @@
 """The HTTP routes: the real frontend process, a fake engine, the openai package and raw bodies as clients."""
 
+import http.client
 import json
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -188,6 +190,62 @@ def test_models_health_version(client, served):
     assert client.get("/../version", cast_to=object)["version"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_score_a_prompt(client, served, tokenizer, stream):
+    ids = tokenizer.encode("hello world, test")
+    asked: dict[str, Any] = {
+        "model": MODEL, "prompt": "hello world, test", "max_tokens": 0, "echo": True, "logprobs": 1, "n": 2,
+    }  # fmt: skip
+    if stream:
+        *replies, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        choices, used = [choice for reply in replies for choice in reply.choices], last.usage
+    else:
+        reply = client.completions.create(**asked)
+        choices, used = reply.choices, reply.usage
+    assert sorted(choice.index for choice in choices) == [0, 1]
+    for choice in choices:
+        assert (choice.text, choice.finish_reason) == ("hello world, test", "length")
+        assert choice.logprobs.tokens == [tokenizer.token(token) for token in ids]
+        assert choice.logprobs.token_logprobs == [None] + [-0.5] * (len(ids) - 1)
+    assert (used.prompt_tokens, used.completion_tokens) == (len(ids), 0)
+    assert served[1].requests[-1].params.max_tokens == 1
+
+
+def test_replies_may_be_sent_back(client, served, tokenizer):
+    user = {"role": "user", "content": "hi"}
+    reply = client.chat.completions.create(model=MODEL, messages=[user], max_tokens=3).choices[0].message
+    empty = {"tool_calls": [], "annotations": [], "refusal": None, "function_call": None, "audio": None}
+    messages = [user, reply.model_dump(), user, {"role": "assistant", "content": None, **empty}, user]
+    client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
+    shown = tokenizer.decode(served[1].requests[-1].prompt_token_ids, skip_special_tokens=False)
+    turns = f"user\nhi<|im_end|>\n<|im_start|>assistant\n{reply.content}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    assert turns in shown and "<|im_start|>assistant\n<|im_end|>\n" in shown and "None" not in shown
+
+
+def test_a_stream_without_obfuscation(client):
+    options = {"include_usage": True, "include_obfuscation": False}
+    chunks = client.completions.create(
+        model=MODEL, prompt="hello", max_tokens=4, stream=True, stream_options=options
+    )  # fmt: skip
+    assert [*chunks][-1].usage.completion_tokens == 4
+
+
+def test_logprobs_of_a_chat_to_the_end_of_the_context(client, served):
+    """What max_tokens does not bound is counted as it comes; 60 choices to the end have over 2^18 entries."""
+    served[1].tokens_per_step = 100
+    asked = {
+        "messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 20, "ignore_eos": True,
+    }  # fmt: skip
+    status, reply = post(served, "/v1/chat/completions", {**asked, "n": 10})
+    assert status == 200 and b'"finish_reason":"length"' in reply
+    status, reply = post(served, "/v1/chat/completions", {**asked, "n": 60})
+    assert status == 400 and b"one reply may have 262144" in reply
+    wait_until(lambda: served[1].num_running == 0)
+    status, reply = post(served, "/v1/chat/completions", {**asked, "n": 60, "stream": True})
+    assert status == 200 and reply.endswith(b"data: [DONE]\n\n") and b'"error"' not in reply
+    assert reply.count(b'"top_logprobs"') > 60 * 220
+
+
 def test_engine_error(client, served):
     served[1].fail_with = "the logits were not finite"
     with pytest.raises(openai.InternalServerError, match="not finite"):
@@ -204,10 +262,14 @@ def test_neutral_fields_are_accepted(client):
     )  # fmt: skip
 
 
-def test_stream_is_sse(served):
-    import http.client
-    from urllib.parse import urlsplit
+def post(served, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(urlsplit(served[0]).netloc, timeout=20)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    reply = connection.getresponse()
+    return reply.status, reply.read()
 
+
+def test_stream_is_sse(served):
     connection = http.client.HTTPConnection(urlsplit(served[0]).netloc, timeout=10)
     body = json.dumps({"prompt": "hello", "max_tokens": 2, "stream": True})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -102,6 +103,49 @@ def test_bad_tokenizer(tmp_path):
         start_frontend(ServerConfig(port=0), tmp_path, tmp_path, MODEL)
 
 
+def test_a_long_tmpdir(tokenizer_path, tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with frontend(tokenizer_path) as handle:
+        assert get(handle.port, "/health")[0] == 503
+        assert handle.socket_path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_directory_for_the_socket(tokenizer_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/directory")
+    with pytest.raises(ValueError, match=r"no directory for the engine's socket: .*set TMPDIR"):
+        start_frontend(ServerConfig(port=0), tokenizer_path, tokenizer_path, MODEL)
+
+
+def test_a_socket_that_cannot_be_made(tokenizer_path, tmp_path):
+    command = [
+        sys.executable, "-m", "infer.serve.frontend", "--host", "127.0.0.1", "--port", "0",
+        "--socket", str(tmp_path / ("x" * 120)), "--model-path", "m", "--tokenizer-path", str(tokenizer_path),
+        "--served-model-name", "m", "--max-logprobs", "20", "--engine-pid", str(os.getpid()),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("infer: error: the frontend cannot start: AF_UNIX path too long")
+
+
+def test_max_logprobs(tokenizer_path, tokenizer):
+    with pytest.raises(ValueError, match="max_logprobs must be from 0 to 1024, not -1"):
+        ServerConfig(max_logprobs=-1)
+    handle = start_frontend(ServerConfig(port=0, max_logprobs=3), tokenizer_path, tokenizer_path, MODEL)
+    engine = FakeEngine(handle, tokenizer)
+    try:
+        engine.hello()
+        wait_until(lambda: is_ready(handle.port))
+        assert post(handle.port, {"prompt": "hello", "logprobs": 3}).status == 200
+        reply = post(handle.port, {"prompt": "hello", "logprobs": 4})
+        assert reply.status == 400 and "from 0 to 3 (--max-logprobs" in reply.read().decode()
+    finally:
+        engine.close()
+        handle.stop()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_gone(ready, stream):
     handle, engine = ready
@@ -122,11 +166,11 @@ def test_client_gone(ready, stream):
 
 def test_slow_reader_is_ended(ready):
     handle, engine = ready
-    engine.tokens_per_step = 1
+    engine.tokens_per_step, engine.delay = 1, 0.01
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", handle.port))
-    fields = {"prompt": "hello", "max_tokens": 240, "n": 70, "stream": True, "logprobs": 200}
+    fields = {"prompt": "hello", "max_tokens": 240, "n": 70, "stream": True, "logprobs": 20}
     body = json.dumps(fields).encode()
     connection.sendall(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -143,6 +187,16 @@ def open_stream(handle, engine):
     reply = post(handle.port, {"prompt": "hello", "max_tokens": 200, "stream": True})
     assert reply.status == 200 and reply.readline().startswith(b"data: {")
     return reply
+
+
+def test_a_large_frame_is_not_a_slow_reader(ready):
+    handle, engine = ready
+    engine.tokens_per_step = 240  # one frame with 151,200 log-probabilities: more than may be left waiting
+    reply = post(
+        handle.port, {"prompt": "hello", "max_tokens": 240, "n": 30, "stream": True, "logprobs": 20, "ignore_eos": True}
+    )
+    events = reply.read().decode().strip().split("\n\n")
+    assert events[-1] == "data: [DONE]" and len(events) == 31
 
 
 @pytest.mark.parametrize("reason", [None, "out of memory"])

@@ -5,6 +5,8 @@ import contextlib
 import http.client
 import json
 import socket
+import threading
+import time
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -85,7 +87,8 @@ FIELDS = [
     ({"prompt": "a", "n": 10**6}, "choices"),
     ({"prompt": "a", "n": True}, "n: expected int"),
     ({"prompt": "a", "n": "1"}, "n: expected int"),
-    ({"prompt": "a", "max_tokens": 0}, "max_tokens must be"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens must be at least 1"),
+    ({"prompt": "a", "max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens must be at most max_tokens (0)"),
     ({"prompt": "a", "max_tokens": -1}, "max_tokens must be"),
     ({"prompt": "a", "max_tokens": 2**70}, "maximum context length"),
     ({"prompt": "a", "max_tokens": 1.5}, "max_tokens: expected int"),
@@ -102,22 +105,32 @@ FIELDS = [
     ({"prompt": "a", "stop": "x" * 10**6}, "1024 characters"),
     ({"prompt": "a", "stop": [None]}, "stop[0]: expected str"),
     ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids"),
-    ({"prompt": "a", "stop_token_ids": [2**40]}, "stop_token_ids holds"),
+    ({"prompt": "a", "stop_token_ids": [2**40]}, "stop_token_ids entries must be"),
+    ({"prompt": "a", "stop_token_ids": [100_000]}, "stop_token_ids holds 100000"),
     ({"prompt": "a", "logprobs": -1}, "logprobs must be"),
     ({"prompt": "a", "logprobs": 10**6}, "logprobs must be"),
     ({"prompt": "a", "logprobs": True}, "logprobs: expected int"),
-    ({"prompt": "a", "logprobs": 1024, "max_tokens": 100, "n": 1000}, "log-probabilities"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs must be from 0 to 20 (--max-logprobs"),
+    ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs must be from 0 to 20"),
+    ({"prompt": "a", "logprobs": 20, "max_tokens": 100, "n": 1000}, "log-probabilities"),
+    ({"prompt": [[65] * 200] * 100, "prompt_logprobs": 20, "max_tokens": 1}, "log-probabilities"),
+    ({"prompt": [65] * 200, "n": 100, "echo": True, "logprobs": 20, "max_tokens": 0}, "log-probabilities"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     ({"prompt": "a", "logit_bias": {"5": 1e6}}, "logit_bias[5] must be"),
     ({"prompt": "a", "logit_bias": {"99999": 1}}, "logit_bias holds 99999"),
     ({"prompt": "a", "logit_bias": []}, "logit_bias: expected object"),
     ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids must"),
+    ({"prompt": [[65]] * 1024, "allowed_token_ids": [*range(256)] * 5}, "1280 entries for each of 1024 choices"),
+    ({"prompt": "a", "n": 1024, "allowed_token_ids": [*range(256)] * 5}, "1280 entries for each of 1024 choices"),
+    ({"prompt": "a", "stop_token_ids": [5] * 1025}, "stop_token_ids may hold 1024 entries, not 1025"),
+    ({"prompt": "a", "logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias may hold 1024 entries"),
     ({"prompt": "a", "min_tokens": 100, "max_tokens": 2}, "min_tokens must be"),
     ({"prompt": "a", "presence_penalty": 3}, "presence_penalty must be"),
     ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty must be"),
     ({"prompt": "a", "stream": 1}, "stream: expected bool"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "needs stream"),
     ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "unknown field x"),
+    ({"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
     ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "not available with stream"),
     ({"prompt": "a", "temprature": 1}, "did you mean temperature?"),
     ({"prompt": "a", "x" * 10**6: 1}, "unknown field"),
@@ -129,7 +142,7 @@ FIELDS = [
     ({"prompt": [5] * 256}, "maximum context length"),
     ({"prompt": [5] * 250, "max_tokens": 7}, "maximum context length"),
     ({"prompt": "hello " * 200}, "maximum context length"),
-    ({"prompt": "a" * 10**7}, "characters"),
+    ({"prompt": "a" * (7 << 20)}, "characters"),
 ]
 
 
@@ -154,7 +167,9 @@ CHATS = [
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
-    ({"messages": [*USER, {"role": "assistant", "content": "x", "tool_calls": []}]}, "messages[1].tool_calls"),
+    ({"messages": [*USER, {"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
+    ({"messages": USER * 4097}, "messages may hold 4096 entries, not 4097"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "no tools"),
     ({"messages": USER, "tools": [{"type": "function"}]}, "tools is not supported"),
     ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format is not supported"),
@@ -163,7 +178,7 @@ CHATS = [
     ({"messages": USER, "chat_template_kwargs": {"add_generation_prompt": 1}}, "must not set"),
     ({"messages": USER, "chat_template_kwargs": {"eos_token": "x"}}, "must not set eos_token"),
     ({"messages": USER, "top_logprobs": 2}, "needs logprobs"),
-    ({"messages": USER, "logprobs": True, "top_logprobs": -1}, "logprobs must be"),
+    ({"messages": USER, "logprobs": True, "top_logprobs": -1}, "top_logprobs must be from 0 to 20"),
     ({"messages": USER, "logprobs": 5}, "logprobs: expected bool"),
     ({"messages": USER, "max_tokens": 5, "max_completion_tokens": 6}, "differ"),
     ({"messages": USER, "max_tokens": 1000}, "maximum context length"),
@@ -202,7 +217,7 @@ def test_routes_methods_and_types(served):
     check_error(*exchange(served, "/health", b"{}"), 405)
     check_error(*exchange(served, COMPLETIONS, b"{}", {"Content-Type": "text/plain"}), 415, "application/json")
     check_error(*exchange(served, COMPLETIONS, b"{}", JSON | {"Content-Encoding": "gzip"}), 415, "compressed")
-    check_error(*exchange(served, COMPLETIONS, b" " * (33 << 20)), 413)
+    check_error(*exchange(served, COMPLETIONS, b" " * (9 << 20)), 413)
 
 
 def raw(served, data: bytes, timeout: float = 10.0) -> bytes:
@@ -250,6 +265,60 @@ def test_chunked_body_over_the_limit(served):
     # The server may close before the upload is through; the next test shows that it goes on.
     with contextlib.suppress(aiohttp.ClientError):
         assert asyncio.run(send()) == 413
+
+
+def post_raw(served, body: bytes, length: int) -> socket.socket:
+    address = urlsplit(served[0])
+    connection = socket.create_connection((address.hostname, address.port), timeout=40)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(head + b"Content-Length: %d\r\n\r\n" % length + body)
+    return connection
+
+
+def test_uploads_that_stand_still_hold_nobody_up(served):
+    idle = [post_raw(served, b"{", 2_000_000) for _ in range(40)]
+    start = time.monotonic()
+    for body in (iter([b'{"prompt": "hello",', b'"max_tokens": 1}']), b'{"prompt": "hello"' + b" " * (2 << 20) + b"}"):
+        connection = http.client.HTTPConnection(urlsplit(served[0]).netloc, timeout=20)
+        connection.request("POST", COMPLETIONS, body, JSON)
+        assert connection.getresponse().status == 200
+    assert time.monotonic() - start < 5
+    for connection in idle:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_large_uploads_must_go_on(served):
+    holding = [post_raw(served, b" " * 1_100_000, 3_000_000) for _ in range(17)]
+    replies = sorted(connection.recv(12) for connection in holding)
+    assert replies == [b"HTTP/1.1 408"] * 16 + [b"HTTP/1.1 503"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": [[65],' + b"[]," * 2_500_000 + b"[65]]}",
+        b'{"prompt": [' + b"1," * 3_900_000 + b"1]}",
+        b'{"prompt": [[65]' + b",[65]" * 1023 + b'], "allowed_token_ids": [' + b"65," * 1_000_000 + b"65]}",
+        b'{"messages": [{}' + b",{}" * 2_500_000 + b"]}",
+    ],
+    ids=["lists", "tokens", "allowed", "messages"],
+)
+def test_huge_but_valid_bodies_leave_the_server_awake(served, body):
+    path = CHAT if b"messages" in body[:20] else COMPLETIONS
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(exchange(served, path, body)[0]))
+    thread.start()
+    longest = 0.0
+    while thread.is_alive():
+        start = time.monotonic()
+        connection = http.client.HTTPConnection(urlsplit(served[0]).netloc, timeout=20)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+        connection.close()
+        longest = max(longest, time.monotonic() - start)
+        time.sleep(0.01)
+    assert statuses == [400] and longest < 2.0, longest
 
 
 def test_still_serving(served):

@@ -6,7 +6,7 @@ import random
 import pytest
 from fake_engine import write_tokenizer
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from tokenizers import decoders, models, processors
 
 from infer.request import SamplingParams
 from infer.serve.text import TextStream, Tokenizer
@@ -35,7 +35,7 @@ def fallback(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("fallback")
     backend.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     return Tokenizer.load(path)
 
 
@@ -96,12 +96,59 @@ def test_garbage_bytes_do_not_pile_up(fallback):
     assert sum(map(len, shown)) > 150
 
 
-def test_bos_is_added_as_configured(fallback, tmp_path):
-    assert fallback.encode("a")[0] == 1 and fallback.encode("a", add_special_tokens=False)[0] != 1
-    both = Tokenizer.load(write_tokenizer(tmp_path / "both", add_bos_token=True, add_eos_token=True))
-    ids = both.encode("hello")
-    assert (ids[0], ids[-1]) == (1, 2)
-    assert both.encode("hello", add_special_tokens=False) == ids[1:-1]
+BOS = processors.TemplateProcessing(single="<|im_start|> $A", pair=None, special_tokens=[("<|im_start|>", 1)])
+
+
+@pytest.mark.parametrize("processor", [None, BOS, processors.ByteLevel(trim_offsets=False)], ids=["", "bos", "bytes"])
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_bos_and_eos_are_added_as_by_transformers(tmp_path, processor, tokenizer_class):
+    transformers = pytest.importorskip("transformers")
+    settings = [{f"add_{kind}_token": value} for kind in ("bos", "eos") for value in (True, False, None)]
+    for config in [{}, *settings, {"add_bos_token": True, "add_eos_token": True}]:
+        path = write_tokenizer(tmp_path, tokenizer_class=tokenizer_class, **config)
+        if processor is not None:
+            backend = Backend.from_file(str(path / "tokenizer.json"))
+            backend.post_processor = processor
+            backend.save(str(path / "tokenizer.json"))
+        ours = Tokenizer.load(path)
+        assert ours.encode("hello") == transformers.AutoTokenizer.from_pretrained(path)("hello").input_ids, config
+        assert (ours.encode("hello")[0] == 1) == (processor is BOS)
+        assert 1 not in ours.encode("hello", add_special_tokens=False)
+
+
+def test_generated_text_after_a_prompt_that_ends_inside_a_character(fallback):
+    """As decoding it alone gives it, but for the first word's space: the prompt's bytes neither join nor eat any."""
+    half, rest = [3 + byte for byte in "你".encode()[:2]], [3 + byte for byte in "你".encode()[2:]]
+    emoji = [3 + byte for byte in "😀😀".encode()]
+    hello, world = (fallback._backend.token_to_id(word) for word in ("▁hello", "▁world"))
+    for prompt in ([1, hello, *half], [1, hello, *emoji, *half], [1, hello, *emoji]):
+        assert stream_text(fallback, [*rest, hello, world], prompt=prompt)[0].text == "\ufffd hello world"
+        assert stream_text(fallback, [hello, world], prompt=prompt)[0].text == " hello world"
+        assert stream_text(fallback, [*half, *rest, world], prompt=prompt)[0].text == "你 world"
+
+
+TRIMMING = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [TRIMMING, TRIMMING.replace(" | trim", ""), TRIMMING.replace("</s>", "\n </s>")])
+@pytest.mark.parametrize("content", ["The answer is ", "The answer is", " \n The answer:\n\n", "x"])
+def test_continue_final_message_is_as_in_transformers(tmp_path, template, content):
+    transformers = pytest.importorskip("transformers")
+    path = write_tokenizer(tmp_path, chat_template=template)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    wanted = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    ours = Tokenizer.load(path)
+    assert ours.apply_chat_template(messages, False, continue_final_message=True) == wanted
+
+
+def test_continue_final_message_that_the_template_shortens(tmp_path):
+    path = write_tokenizer(tmp_path, chat_template="{% for m in messages %}{{ m.content[3:] }}{% endfor %}")
+    with pytest.raises(ValueError, match="leaves out text of the last message"):
+        Tokenizer.load(path).apply_chat_template([{"content": "abcdef"}], False, continue_final_message=True)
 
 
 def reference_stop(text, stops, include):

@@ -1,0 +1,84 @@
+"""Storage schemes: how a weight matrix is kept in memory, read row by row, and multiplied.
+
+Weights are loaded plain, [N, K]; `choose` then says how they are kept from there on. These schemes change neither shapes
+nor values, only where the numbers lie.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infer import ops
+
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Matrix(ABC):
+    """A weight [N, K] in some form."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, K] -> x times the weight transposed, plus bias [N]: [T, N]."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids [T] int64 -> those rows of the weight, [T, K]."""
+
+
+class Plain(Matrix):
+    """The weight as it was loaded."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class Packed(Matrix):
+    """Packed for our own CPU kernel (ops.packed_linear), whose rows do not depend on the rows beside them."""
+
+    def __init__(self, weight: Tensor):
+        self.outputs, self.inputs = weight.shape
+        self.packed = ops.pack_linear(weight)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.packed_linear(x, self.packed, bias, self.outputs)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        lanes = self.packed.shape[2]
+        return self.packed[ids // lanes, :, ids % lanes].flatten(1)[:, : self.inputs]
+
+
+class OneDnn(Matrix):
+    """Packed by oneDNN, for CPUs that multiply bfloat16 in hardware. Rows are read from a plain copy, if kept."""
+
+    def __init__(self, weight: Tensor, keep_rows: bool):
+        self.weight = weight if keep_rows else None
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+
+    def rows(self, ids: Tensor) -> Tensor:
+        assert self.weight is not None, "this matrix was packed without its rows"
+        return F.embedding(ids, self.weight)
+
+
+def choose(weight: Tensor, needs_rows: bool) -> Matrix:
+    """The fastest form of a weight on this machine. needs_rows: it is an embedding as well."""
+    if not weight.is_cpu or weight.dtype not in _PACKED_DTYPES or not ops.native_available():
+        return Plain(weight)
+    if weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return OneDnn(weight, needs_rows)
+    return Packed(weight)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 products. Elsewhere oneDNN emulates them, at a quarter of our kernel's speed."""
+    return torch.cpu._is_avx512_bf16_supported() and torch.backends.mkldnn.is_available()

@@ -1,0 +1,54 @@
+"""Errors as clients get them: an HTTP status and OpenAI's error object. No torch here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+MAX_MESSAGE_CHARS = 1000  # of an error's text
+
+
+class ApiError(Exception):
+    """An error as the client gets it: an HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self, status: int, message: str, *, type: str = "invalid_request_error", param: str | None = None,
+        code: str | None = None, headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = message[:MAX_MESSAGE_CHARS] + "..."
+        super().__init__(message)
+        self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object clients know."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def show(value: Any) -> str:
+    """A value of unknown size, for an error's text."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:40] + "...")
+    if isinstance(value, (bool, int, float)):
+        return str(value).lower()[:40]
+    return "an object" if isinstance(value, dict) else "a list"
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    message = f"the model {show(name)} does not exist; this server has {served!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def too_long(num_prompt: int, max_new_tokens: int | None, max_model_len: int) -> ApiError:
+    """The prompt, alone or with the tokens asked for, is over the context."""
+    asked = "" if max_new_tokens is None else f" and asks for {max_new_tokens} more"
+    return bad_request(
+        f"this model's maximum context length is {max_model_len} tokens; the prompt has {num_prompt} tokens{asked}. "
+        "Shorten the prompt or ask for fewer tokens",
+        param=None if max_new_tokens is None else "max_tokens", code="context_length_exceeded",
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+// packed_linear: the product of activations with weights that were packed when they were loaded.
+#include <algorithm>
+#include <vector>
+
+#include "common.h"
+
+namespace infer {
+
+constexpr int linear_lanes = 16;          // outputs of a block; infer/quant.py packs by it
+constexpr int linear_tile_outputs = 64;   // outputs a thread works on at a time, at most
+constexpr int64_t linear_chunk_rows = 240;
+constexpr int64_t linear_stretch = 2048;  // packed inputs a tile adds before it moves on: 64 outputs of them stay in L2
+
+template <class T>
+struct LinearTask {
+  const float* x;  // [rows, x_stride], inputs beyond the last are zero
+  int64_t rows, x_stride;
+  const T* packed;
+  int64_t block_stride, pairs;  // elements of a block; packed inputs of a block
+  const T* bias;                // [outputs] or null
+  T* out;                       // [rows, outputs]
+  int64_t outputs;
+};
+
+}  // namespace infer
+
+#define INFER_KERNEL "linear_kernel.h"
+#include "foreach_isa.h"
+
+namespace infer {
+namespace {
+
+// x as float32 rows of `columns` elements, zeros after its own. x itself where it is that already.
+at::Tensor widened(const at::Tensor& x, int64_t columns) {
+  if (x.scalar_type() == at::kFloat && x.size(1) == columns && x.stride(1) == 1) return x;
+  at::Tensor wide = at::empty({x.size(0), columns}, x.options().dtype(at::kFloat));
+  if (columns > x.size(1)) wide.narrow(1, x.size(1), columns - x.size(1)).zero_();
+  wide.narrow(1, 0, x.size(1)).copy_(x);
+  return wide;
+}
+
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                         int64_t outputs) {
+  check_dim("packed_linear", "x", x, 2);
+  check_dim("packed_linear", "packed", packed, 4);
+  const int64_t rows = x.size(0), blocks = packed.size(0), pairs = packed.size(1), per_pair = packed.size(3);
+  const int64_t columns = pairs * per_pair;
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(2) == linear_lanes, "packed_linear: packed has shape ",
+                    packed.sizes(), ", must be contiguous with ", linear_lanes, " lanes");
+  TORCH_CHECK_VALUE((outputs + linear_lanes - 1) / linear_lanes == blocks && outputs > 0, "packed_linear: ", outputs,
+                    " outputs do not fill ", blocks, " blocks of ", linear_lanes);
+  TORCH_CHECK_VALUE(x.size(1) <= columns && columns < x.size(1) + per_pair, "packed_linear: x has ", x.size(1),
+                    " columns, the weights ", columns);
+  check_tensor("packed_linear", "x", x, packed.scalar_type(), {rows, x.size(1)});
+  if (bias) check_tensor("packed_linear", "bias", *bias, packed.scalar_type(), {outputs});
+  at::Tensor out = at::empty({rows, outputs}, x.options());
+  if (rows == 0) return out;
+  const at::Tensor wide = widened(x, columns);
+  for_dtype("packed_linear", packed.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    TORCH_CHECK_VALUE(per_pair == int64_t(sizeof(float) / sizeof(T)), "packed_linear: packed has ", per_pair,
+                      " inputs together, must have ", sizeof(float) / sizeof(T));
+    const LinearTask<T> task{data<float>(wide), rows, wide.stride(0), data<T>(packed), packed.stride(0), pairs,
+                             bias ? data<T>(*bias) : nullptr, mutable_data<T>(out), outputs};
+    const auto run = INFER_SELECT(linear_blocks<T>);
+    at::parallel_for(0, blocks, grain_size(rows * columns * linear_lanes / 8), [&](int64_t begin, int64_t end) {
+      std::vector<float> sums(std::min(linear_chunk_rows, rows) * linear_tile_outputs);
+      run(task, begin, end, sums.data());
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace infer
+
+TORCH_LIBRARY_FRAGMENT(infer, m) {
+  m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(infer, CPU, m) { m.impl("packed_linear", &infer::packed_linear); }

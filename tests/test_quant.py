@@ -1,0 +1,67 @@
+"""Storage schemes: the same numbers, wherever they lie."""
+
+import pytest
+import torch
+
+from infer import ops, quant
+
+SHAPES = [(1, 16, 8), (3, 17, 9), (7, 100, 5001), (241, 65, 33), (6, 64, 64), (500, 33, 48), (0, 16, 16)]  # (T, N, K)
+
+
+def _case(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, outputs, inputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    make = lambda *size: torch.randn(*size, generator=generator).to(dtype)  # noqa: E731
+    return make(rows, inputs), make(outputs, inputs), make(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_packed_products_are_the_plain_ones(shape, dtype, with_bias):
+    x, weight, bias = _case(shape, dtype)
+    bias = bias if with_bias else None
+    packed = ops.pack_linear(weight)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    tolerance = 1e-5 if dtype is torch.float32 else 8e-3
+    for product in (ops.packed_linear, ops.packed_linear_reference):
+        got = product(x, packed, bias, weight.shape[0])
+        assert got.dtype is dtype
+        assert got.shape == expected.shape
+        error = (got.double() - expected).abs() / (expected.abs() + shape[2] ** 0.5)
+        assert error.numel() == 0 or error.max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
+    if not ops.native_available():
+        pytest.skip("the reference leaves the order of its sums to PyTorch")
+    x, weight, bias = _case((245, 100, 300), dtype)
+    packed = ops.pack_linear(weight)
+    together = ops.packed_linear(x, packed, bias, 100)
+    for first, last in ((0, 1), (3, 5), (100, 113), (240, 245)):
+        assert torch.equal(ops.packed_linear(x[first:last], packed, bias, 100), together[first:last])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_scheme_gives_rows_and_products(dtype):
+    x, weight, bias = _case((5, 37, 21), dtype)
+    ids = torch.tensor([0, 36, 15, 16, 17, 16])
+    expected = quant.Plain(weight).multiply(x, bias)
+    schemes = [quant.Packed(weight)]
+    if torch.backends.mkldnn.is_available():
+        schemes.append(quant.OneDnn(weight, keep_rows=True))
+    for scheme in schemes:
+        assert torch.equal(scheme.rows(ids), weight[ids])
+        tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(scheme.multiply(x, bias), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_wrong_arguments_are_refused_by_name():
+    if not ops.native_available():
+        pytest.skip("native kernels are not built")
+    x, weight, _ = _case((2, 20, 8), torch.float32)
+    packed = ops.pack_linear(weight)
+    for bad_x, outputs, word in ((x[:, :7], 20, "columns"), (x, 33, "outputs"), (x.bfloat16(), 20, "dtype")):
+        with pytest.raises((ValueError, RuntimeError), match=word):
+            ops.packed_linear(bad_x, packed, None, outputs)
