@@ -1,7 +1,7 @@
 """Storage schemes: how a weight matrix is kept in memory, read row by row, and multiplied.
 
-Weights are loaded plain, [N, K]; `choose` then says how they are kept from there on. These schemes change neither shapes
-nor values, only where the numbers lie.
+Weights are loaded plain, [N, K]; `choose` then says how they are kept from there on. These schemes change neither
+shapes nor values, only where the numbers lie.
 """
 
 from abc import ABC, abstractmethod
