@@ -7,12 +7,17 @@ ones; the step that reaches the last known token also draws the next.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import numpy as np
 
 from infer.cache.blocks import BlockPool, block_hash
 from infer.engine.batch import COLUMNS, NEW, PROMPT_LOGPROBS, RESET, SAMPLE, Batch, NewSequence, StepResult
 from infer.request import FinishReason, Output, Request, TokenLogprobs
+
+
+BATCHES_PER_STAGE = 4  # that the prompts at hand are spread over, per pipeline stage
+MIN_PIPELINE_TOKENS = 256  # fewer tokens in a batch make it slower per token
 
 
 class Sequence:
@@ -81,6 +86,7 @@ class _Plan:
     new: list[NewSequence] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
     starts: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # sequence id -> it, its first position
+    max_tokens: int = 0
     num_tokens: int = 0
     num_decodes: int = 0
 
@@ -149,7 +155,7 @@ class Scheduler:
         """The next batch, or None when nothing can run before a result comes back."""
         if len(self._in_flight) >= self.pp_size:
             return None
-        plan = _Plan()
+        plan = _Plan(max_tokens=self._budget())
         preempted = self._continue_running(plan)
         if not preempted:
             self._admit_waiting(plan)
@@ -172,12 +178,22 @@ class Scheduler:
             plan.new,
         )
 
+    def _budget(self) -> int:
+        """Most tokens of the next batch. With several stages the prompts at hand are spread over a few batches a stage,
+        since each stage idles for a batch while the pipeline fills and drains."""
+        if self.pp_size == 1 or not self.enable_chunked_prefill:
+            return self.max_num_batched_tokens
+        waiting = islice(self.waiting, self.max_num_seqs)
+        todo = sum(sequence.num_todo for sequence in chain(self.running, waiting))
+        share = -(-todo // (BATCHES_PER_STAGE * self.pp_size))
+        return min(self.max_num_batched_tokens, max(share, MIN_PIPELINE_TOKENS))
+
     def _continue_running(self, plan: _Plan) -> bool:
         """Adds running sequences, oldest first. True if one had to be preempted."""
         decode_cap = -(-sum(sequence.is_decoding for sequence in self.running) // self.pp_size)
         preempted = False
         for sequence in list(self.running):
-            room = self.max_num_batched_tokens - plan.num_tokens
+            room = plan.max_tokens - plan.num_tokens
             if room == 0:
                 break
             if sequence.num_todo == 0 or not sequence.running:
@@ -200,7 +216,7 @@ class Scheduler:
     def _admit_waiting(self, plan: _Plan) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            room = self.max_num_batched_tokens - plan.num_tokens
+            room = plan.max_tokens - plan.num_tokens
             if room == 0 or sequence.awaiting:  # preempted with a token on its way: that comes first
                 return
             hits = self._cached_prefix(sequence)

@@ -10,6 +10,7 @@ constexpr int linear_lanes = 16;          // outputs of a block; infer/quant.py 
 constexpr int linear_tile_outputs = 64;   // outputs a thread works on at a time, at most
 constexpr int64_t linear_chunk_rows = 240;
 constexpr int64_t linear_stretch = 2048;  // packed inputs a tile adds before it moves on: 64 outputs of them stay in L2
+constexpr int64_t linear_ahead = 512;      // weights fetched ahead where memory is the limit: 8% at one row
 
 template <class T>
 struct LinearTask {
@@ -30,13 +31,16 @@ struct LinearTask {
 namespace infer {
 namespace {
 
-// x as float32 rows of `columns` elements, zeros after its own. x itself where it is that already.
-at::Tensor widened(const at::Tensor& x, int64_t columns) {
-  if (x.scalar_type() == at::kFloat && x.size(1) == columns && x.stride(1) == 1) return x;
-  at::Tensor wide = at::empty({x.size(0), columns}, x.options().dtype(at::kFloat));
-  if (columns > x.size(1)) wide.narrow(1, x.size(1), columns - x.size(1)).zero_();
-  wide.narrow(1, 0, x.size(1)).copy_(x);
-  return wide;
+// x as float32 rows of `columns` elements, zeros after its own: in `room`, or x itself where it is that already.
+const float* widened(const at::Tensor& x, int64_t columns, std::vector<float>& room, int64_t* stride) {
+  if (x.scalar_type() == at::kFloat) {
+    *stride = x.stride(0);
+    return data<float>(x);
+  }
+  *stride = columns;
+  room.resize(x.size(0) * columns);
+  INFER_SELECT(widen_rows)(data<Bf16>(x), x.stride(0), x.size(0), x.size(1), columns, room.data());
+  return room.data();
 }
 
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
@@ -55,12 +59,14 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const st
   if (bias) check_tensor("packed_linear", "bias", *bias, packed.scalar_type(), {outputs});
   at::Tensor out = at::empty({rows, outputs}, x.options());
   if (rows == 0) return out;
-  const at::Tensor wide = widened(x, columns);
+  static thread_local std::vector<float> room;  // kept: a step makes hundreds of calls
+  int64_t stride = 0;
+  const float* wide = widened(x, columns, room, &stride);
   for_dtype("packed_linear", packed.scalar_type(), [&](auto type) {
     using T = decltype(type);
     TORCH_CHECK_VALUE(per_pair == int64_t(sizeof(float) / sizeof(T)), "packed_linear: packed has ", per_pair,
                       " inputs together, must have ", sizeof(float) / sizeof(T));
-    const LinearTask<T> task{data<float>(wide), rows, wide.stride(0), data<T>(packed), packed.stride(0), pairs,
+    const LinearTask<T> task{wide, rows, stride, data<T>(packed), packed.stride(0), pairs,
                              bias ? data<T>(*bias) : nullptr, mutable_data<T>(out), outputs};
     const auto run = INFER_SELECT(linear_blocks<T>);
     at::parallel_for(0, blocks, grain_size(rows * columns * linear_lanes / 8), [&](int64_t begin, int64_t end) {

@@ -13,6 +13,13 @@ constexpr int tile_vectors = width == 16 ? 4 : block_vectors;  // of a register 
 constexpr int tile_blocks = tile_vectors / block_vectors;
 constexpr int tile_rows = width == 4 ? 2 : 6;
 
+INFER_TARGET inline void widen_rows(const Bf16* x, int64_t stride, int64_t rows, int64_t count, int64_t columns,
+                                    float* out) {
+  for (int64_t r = 0; r < rows; ++r, x += stride, out += columns) {
+    for (int64_t i = 0; i < columns; i += width) store_n(out + i, load_n(x + i, count - i), columns - i);
+  }
+}
+
 // acc[r][v] += x[r][k] * w[k][v] over `pairs` packed inputs. w[b]: block b at the first of them.
 template <int rows, int vectors>
 INFER_INLINE void accumulate(const float* x, int64_t x_stride, const float* w, int64_t block_stride, int64_t pairs,
@@ -36,6 +43,7 @@ INFER_INLINE void accumulate(const float* x, int64_t x_stride, const Bf16* w, in
     VUint both[vectors];
     for (int v = 0; v < vectors; ++v) {
       const Bf16* from = w + (v / block_vectors) * block_stride + 2 * (k * linear_lanes + (v % block_vectors) * width);
+      if constexpr (rows <= 2) __builtin_prefetch(from + linear_ahead);
       std::memcpy(&both[v], from, sizeof both[v]);
     }
     // The bits of a bfloat16 are the upper half of the float32: the first input lies in the lower half of a lane.
