@@ -15,7 +15,6 @@ from infer.cache.blocks import BlockPool, block_hash
 from infer.engine.batch import COLUMNS, NEW, PROMPT_LOGPROBS, RESET, SAMPLE, Batch, NewSequence, StepResult
 from infer.request import FinishReason, Output, Request, TokenLogprobs
 
-
 BATCHES_PER_STAGE = 4  # that the prompts at hand are spread over, per pipeline stage
 MIN_PIPELINE_TOKENS = 256  # fewer tokens in a batch make it slower per token
 
