@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +136,9 @@ class EngineConfig:
                     kwargs[f.name] = f.metadata["parse"](kwargs[f.name])
                 except argparse.ArgumentTypeError as error:
                     raise ValueError(f"{f.name}: {error}") from None
+        for name in ("model", "tokenizer", "download_dir"):
+            if isinstance(kwargs.get(name), os.PathLike):
+                kwargs[name] = os.fspath(kwargs[name])
         if isinstance(kwargs.get("pipeline_layer_partition"), list):
             kwargs["pipeline_layer_partition"] = tuple(kwargs["pipeline_layer_partition"])
         return cls(**kwargs)

@@ -1,5 +1,6 @@
 """LLM: the batch script's engine, with vLLM's names."""
 
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class LLM:
     then wait for the next LLM of the script.
     """
 
-    def __init__(self, model: str, **kwargs: Any):
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
         self._process = Process.join(RankEnv.from_environ())
         if self._process.engine is not None:
             raise ValueError("an LLM is open in this process; call its close() before building another")
