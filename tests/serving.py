@@ -63,6 +63,15 @@ class Server:
                     found.append(pid)
         return found
 
+    def rank_pid(self, rank: int) -> int:
+        """The process of one rank of the present generation."""
+        for pid in self.pids("-m infer.serve --port"):
+            with contextlib.suppress(OSError):
+                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if f"RANK={rank}".encode() in environ:
+                    return pid
+        raise AssertionError(f"rank {rank} is not running\n{self.log}")
+
     def wait_gone(self, timeout: float) -> None:
         """Waits until no process of the server is left."""
         deadline = time.monotonic() + timeout

@@ -130,6 +130,19 @@ async def _leave_early(url: str) -> None:
                 reply.close()
 
 
+def test_the_server_comes_back_after_a_rank_was_killed() -> None:
+    """torchrun starts the ranks again; the new rank 0 takes the port that the old frontend gives up."""
+    with server(*MODEL, "-pp", 2, ranks=2, restarts=2) as running:
+        _check_basics(running)
+        for generation, rank in enumerate((1, 0), start=1):
+            os.kill(running.rank_pid(rank), signal.SIGKILL)
+            deadline = time.monotonic() + 60
+            while running.log.count("Serving SmolLM2-135M-Instruct on") <= generation or not running.is_healthy():
+                assert time.monotonic() < deadline, running.log
+                time.sleep(0.1)
+            _check_basics(running)
+
+
 def test_another_frontend_after_the_first_died() -> None:
     """Rank 0 starts another frontend and says what was lost."""
     with server(*MODEL, ranks=None) as running:
