@@ -15,10 +15,14 @@ import re
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from infer.ops_cuda import Prefill
 
 logger = logging.getLogger("infer.ops")
 
@@ -36,11 +40,22 @@ SCHEMAS = {
         "Tensor kv_map, float scale, int window, float soft_cap) -> Tensor"
     ),
     "packed_linear": "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",
+    "packed_rows": "(Tensor ids, Tensor packed, int inputs) -> Tensor",
 }
 
 LINEAR_LANES = 16  # outputs that a packed weight keeps side by side
 
+# Of the CUDA kernels alone: no function of the model calls it by itself (ops_cuda.py does).
+CUDA_SCHEMAS = {
+    "attend_single_rows": (
+        "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
+        "Tensor kv_map, float scale, int window, float soft_cap, Tensor(a!) out) -> ()"
+    ),
+}
+
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_HEAD_UNIT, _CUDA_MAX_HEAD_DIM, _CUDA_MAX_HEADS = 8, 256, 256  # kernels/cuda/ops.h
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -77,6 +92,13 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) 
     if _use_native("packed_linear", x):
         return torch.ops.infer.packed_linear.default(x, packed, bias, outputs)
     return packed_linear_reference(x, packed, bias, outputs)
+
+
+def packed_rows(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
+    """ids [T] int64 -> those rows of a weight [N, inputs] packed by pack_linear: [T, inputs]."""
+    if _use_native("packed_rows", packed):
+        return torch.ops.infer.packed_rows.default(ids, packed, inputs)
+    return packed_rows_reference(ids, packed, inputs)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -144,6 +166,8 @@ def paged_attention(
     scale: float,
     window: int,
     soft_cap: float,
+    prefill: "Prefill | None" = None,
+    even_groups: bool = False,
 ) -> Tensor:
     """Causal attention of rows of q over their sequences' cached keys: [T, num_q, D]. Softmax is float32.
 
@@ -155,12 +179,16 @@ def paged_attention(
     kv_map       [num_q] int32: local query head -> local KV head
     window       0, or a query at position p sees only the keys in (p - window, p]; blocks before them are not read
     soft_cap     0, or scores become soft_cap * tanh(score / soft_cap)
+    prefill      CUDA: the batch's plan (ForwardContext.prefill); without one, each row is computed by itself
+    even_groups  whether the caller knows kv_map[i] to be i // (num_q / num_kv); spares the plan copies of keys
 
     Row i of sequence s stands at position seq_lens[s] - query_len[s] + i. Rows of no sequence come out as zeros.
     A row's result depends on its own sequence alone, to the last bit.
     """
     args = (q, k_pages, v_pages, block_table, query_start, seq_lens, kv_map, scale, window, soft_cap)
-    if _use_native("paged_attention", q):
+    if _use_native("paged_attention", q) and (q.is_cpu or _covers_heads(q)):
+        if prefill is not None and prefill.covers(q, k_pages, soft_cap):
+            return prefill.attend(q, k_pages, v_pages, kv_map, scale, window, even_groups)
         return torch.ops.infer.paged_attention.default(*args)
     return paged_attention_reference(*args)
 
@@ -171,6 +199,10 @@ def paged_attention(
 def packed_linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     weight = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, : x.shape[1]]
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def packed_rows_reference(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
+    return packed[ids // LINEAR_LANES, :, ids % LINEAR_LANES].flatten(1)[:, :inputs]
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -275,7 +307,18 @@ def _use_native(op: str, x: Tensor) -> bool:
         return False
     if x.is_cpu and x.dtype in _NATIVE_DTYPES:
         return True
+    if x.is_cuda and x.dtype in _CUDA_DTYPES and _cuda_runs(x.get_device()) and _has_cuda_kernel(op):
+        return True
     _log_fallback(op, f"{x.device.type} tensors of {x.dtype}")
+    return False
+
+
+def _covers_heads(q: Tensor) -> bool:
+    """Whether the CUDA kernel takes heads like those of q [T, num_q, D]."""
+    heads, dim = q.shape[1:]
+    if dim % _CUDA_HEAD_UNIT == 0 and dim <= _CUDA_MAX_HEAD_DIM and heads <= _CUDA_MAX_HEADS:
+        return True
+    _log_fallback("paged_attention", f"{heads} query heads of size {dim} on CUDA")
     return False
 
 
@@ -289,9 +332,32 @@ def native_available() -> bool:
     return _native_loaded()
 
 
-@functools.cache
+def decode_runs_on_device(num_q: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether every op of a step that only decodes runs a CUDA kernel, so that the host need not wait for the device.
+
+    What a CUDA graph of the step needs: the references read lengths back.
+    """
+    return (
+        _native_loaded()
+        and device.type == "cuda"
+        and dtype in _CUDA_DTYPES
+        and _cuda_runs(torch.cuda.current_device() if device.index is None else device.index)
+        and _covers_heads(torch.empty(0, num_q, head_dim, device="meta"))
+    )
+
+
+# What has been found out, once a process. Not functools.cache: torch.compile would trace what is behind it.
+_found: dict[str, bool] = {}
+
+
 def _native_loaded() -> bool:
     """Loads infer._kernels once. Where it cannot be used, says why in one log line."""
+    if "library" not in _found:
+        _found["library"] = _load()
+    return _found["library"]
+
+
+def _load() -> bool:
     choice = os.environ.get("INFER_OPS", "native")
     if choice == "reference":
         logger.info("INFER_OPS=reference: native kernels are off")
@@ -308,6 +374,38 @@ def _native_loaded() -> bool:
         return False
     _register_fakes()
     return True
+
+
+def _has_cuda_kernel(op: str) -> bool:
+    key = f"cuda {op}"
+    if key not in _found:
+        _found[key] = torch._C._dispatch_has_kernel_for_dispatch_key(f"infer::{op}", "CUDA")
+    return _found[key]
+
+
+def _cuda_runs(index: int) -> bool:
+    """Whether the library's CUDA kernels run on this GPU: tries one, since they were compiled for some GPUs only."""
+    key = f"cuda:{index}"
+    if key not in _found:
+        problem = _cuda_problem(index)
+        if problem:
+            logger.warning("CUDA kernels are not used, every op runs its slower PyTorch reference: %s", problem)
+        _found[key] = not problem
+    return _found[key]
+
+
+def _cuda_problem(index: int) -> str:
+    if not _has_cuda_kernel("rms_norm"):
+        return f"{_library_path().name} was built without them (nvcc is needed: python setup.py build_ext --inplace)"
+    lacking = _lacking(CUDA_SCHEMAS)
+    if lacking:
+        return f"{_library_path().name} is out of date: it lacks {lacking}"
+    x = torch.ones(1, 8, device=f"cuda:{index}")
+    try:
+        worked = torch.ops.infer.rms_norm.default(x, x[0], 0.0).sum().item() == 8.0
+    except RuntimeError as error:
+        return f"they do not run on {torch.cuda.get_device_name(index)} ({str(error).splitlines()[0]})"
+    return "" if worked else f"they give wrong results on {torch.cuda.get_device_name(index)}"
 
 
 def _library_path() -> Path:
@@ -356,6 +454,10 @@ def native_problem(schemas: dict[str, str]) -> str:
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile and meta tensors."""
 
+    @torch.library.register_fake("infer::packed_rows")
+    def _(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
+        return packed.new_empty((ids.shape[0], inputs))
+
     @torch.library.register_fake("infer::packed_linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
         return x.new_empty((x.shape[0], outputs))
@@ -387,6 +489,24 @@ def _register_fakes() -> None:
         num_kv: int,
     ) -> Tensor:
         return qkv.new_empty((qkv.shape[0], num_q, k_pages.shape[3]))
+
+    if hasattr(torch.ops.infer, "attend_single_rows"):
+
+        @torch.library.register_fake("infer::attend_single_rows")
+        def _(
+            q: Tensor,
+            k_pages: Tensor,
+            v_pages: Tensor,
+            block_table: Tensor,
+            query_start: Tensor,
+            seq_lens: Tensor,
+            kv_map: Tensor,
+            scale: float,
+            window: int,
+            soft_cap: float,
+            out: Tensor,
+        ) -> None:
+            return None
 
     @torch.library.register_fake("infer::paged_attention")
     def _(

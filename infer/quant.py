@@ -51,8 +51,7 @@ class Packed(Matrix):
         return ops.packed_linear(x, self.packed, bias, self.outputs)
 
     def rows(self, ids: Tensor) -> Tensor:
-        lanes = self.packed.shape[2]
-        return self.packed[ids // lanes, :, ids % lanes].flatten(1)[:, : self.inputs]
+        return ops.packed_rows(ids, self.packed, self.inputs)
 
 
 class OneDnn(Matrix):

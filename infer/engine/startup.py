@@ -156,6 +156,7 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
         runner = phases.run(
             "allocating the KV cache", lambda: _make_runner(world, config, model_config, groups, stage, num_blocks)
         )
+        phases.run("recording the stage", runner.record, collective=True)
     except ValueError as error:
         groups.close()
         raise StartupError(str(error)) from None

@@ -77,11 +77,40 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const st
   return out;
 }
 
+at::Tensor packed_rows(const at::Tensor& ids, const at::Tensor& packed, int64_t inputs) {
+  constexpr const char* op = "packed_rows";
+  check_dim(op, "ids", ids, 1);
+  check_dim(op, "packed", packed, 4);
+  check_tensor(op, "ids", ids, at::kLong, ids.sizes());
+  const int64_t groups = packed.size(1), together = packed.size(3);
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(2) == linear_lanes, op, ": packed has shape ",
+                    packed.sizes(), ", must be contiguous with ", linear_lanes, " lanes");
+  TORCH_CHECK_VALUE(inputs <= groups * together && groups * together < inputs + together, op, ": inputs is ", inputs,
+                    ", the weights have ", groups * together);
+  at::Tensor out = at::empty({ids.size(0), inputs}, packed.options());
+  for_dtype(op, packed.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const int64_t* id = data<int64_t>(ids);
+    T* to = mutable_data<T>(out);
+    for (int64_t row = 0; row < ids.size(0); ++row, to += inputs) {
+      TORCH_CHECK_INDEX(0 <= id[row] && id[row] < packed.size(0) * linear_lanes, op, ": ids[", row, "] is ", id[row],
+                        ", must be in [0, ", packed.size(0) * linear_lanes, ")");
+      const T* from = data<T>(packed) + id[row] / linear_lanes * packed.stride(0) + id[row] % linear_lanes * together;
+      for (int64_t i = 0; i < inputs; ++i) to[i] = from[i / together * linear_lanes * together + i % together];
+    }
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace infer
 
 TORCH_LIBRARY_FRAGMENT(infer, m) {
   m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  m.def("packed_rows(Tensor ids, Tensor packed, int inputs) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(infer, CPU, m) { m.impl("packed_linear", &infer::packed_linear); }
+TORCH_LIBRARY_IMPL(infer, CPU, m) {
+  m.impl("packed_linear", &infer::packed_linear);
+  m.impl("packed_rows", &infer::packed_rows);
+}
