@@ -121,6 +121,18 @@ def test_a_tape_keeps_what_is_read_again():
         assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16], ids=str)
+def test_numbers_do_not_decide_the_dtype(dtype):
+    def function(inputs: Sequence[Tensor]) -> Tensor:
+        return (inputs[0] - 5).masked_fill(inputs[0] < 2, 0) * 3
+
+    replay = tape.record(function, [torch.ones(3, dtype=dtype)], [torch.ones(5, dtype=dtype)])
+    x = torch.arange(7).to(dtype)
+    assert replay is not None
+    assert torch.equal(replay([x]), function([x]))
+    assert replay([x]).dtype is dtype
+
+
 def test_wrong_calls_are_refused_by_name():
     native = torch.classes.infer.Tape(1)
     with pytest.raises(ValueError, match=r"aten::add.* reads slot 5"):

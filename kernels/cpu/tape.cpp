@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include <ATen/ScalarOps.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -96,9 +97,14 @@ class Tape : public torch::CustomClassHolder {
     int64_t first_result;  // slot
   };
 
-  // Python's 0 and an empty list say less than the schema wants to know.
+  // Where Python gives a number, the schema may want a float, or a tensor that does not decide the result's dtype.
   static c10::IValue as(const c10::TypePtr& type, const c10::IValue& value) {
     if (value.isInt() && type->kind() == c10::TypeKind::FloatType) return static_cast<double>(value.toInt());
+    if (value.isScalar() && type->kind() == c10::TypeKind::TensorType) {
+      at::Tensor number = at::scalar_to_tensor(value.toScalar());
+      number.unsafeGetTensorImpl()->set_wrapped_number(true);
+      return number;
+    }
     return value;
   }
 
