@@ -5,6 +5,9 @@
 # make bench             throughput, latency over HTTP, TP=2, PP=2 and start-up, as one table (a few minutes);
 #                        MODEL=DIR_OR_HUB_ID, BENCH_OUT=docs/benchmarks writes it there, named after the CPU or GPU
 # make lint, clean
+# make gpu-check          on a machine with a GPU: build, GPU tests, GPU benchmark, docs/benchmarks/<gpu>.md; no network,
+#                        PYTHON=python3 has torch with CUDA; make gpu-wheels, run elsewhere, fetches what it may lack
+# make kernels-check     compiles the CUDA kernels, with warnings as errors; needs nvcc, but no GPU and no install
 #
 # It needs Python 3.11 or newer and, for the native kernels, a C++ compiler. Every target does the set-up it lacks.
 
@@ -17,6 +20,10 @@ PORT ?= 8000
 HOST = 127.0.0.1
 ARGS ?=
 BENCH_OUT ?=
+NVCC ?= nvcc
+CUDA_ARCHS ?= 80 90
+GPU_MODEL ?= configs/llama-3.1-8b
+GPU_PYTHON_VERSION ?= 3.12
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -31,7 +38,7 @@ PACKAGE_SOURCES := setup.py pyproject.toml $(shell find kernels -type f 2>/dev/n
 CHECK_PYTHON = import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
     f"$(PYTHON) is Python {v.major}.{v.minor}; this needs 3.11 or newer: make install PYTHON=python3.11")
 
-.PHONY: install model serve lint test test-slow bench clean
+.PHONY: install model serve lint test test-slow bench kernels-check gpu-check gpu-wheels clean
 .DEFAULT_GOAL := install
 
 install: $(PACKAGE_STAMP)
@@ -72,6 +79,36 @@ test-slow: install model
 bench: install $(if $(MODEL),,model)
 	$(VENV_PYTHON) -m infer.bench suite --model '$(or $(MODEL),$(DEFAULT_MODEL))' \
 	    $(if $(BENCH_OUT),--output-dir '$(BENCH_OUT)') $(ARGS)
+
+# The defines are those of torch's own builds. The binding is parsed where the environment has torch; a torch for CPUs has
+# CUDA's headers but one, which the last define stands in for.
+kernels-check:
+	@command -v $(NVCC) >/dev/null || { echo "kernels-check: $(NVCC) is not found; install the CUDA toolkit or name it: \
+	make kernels-check NVCC=/path/to/nvcc" >&2; exit 1; }
+	@objects=$$(mktemp -d) && trap 'rm -rf "$$objects"' EXIT && \
+	for source in kernels/cuda/*.cu; do \
+	    echo "$$source for $(CUDA_ARCHS:%=sm_%)" && \
+	    $(NVCC) -c -std=c++20 -O3 -Werror all-warnings -Xcompiler -Wall,-Wextra --threads 2 \
+	        -D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_HALF2_OPERATORS__ \
+	        -D__CUDA_NO_BFLOAT16_CONVERSIONS__ $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+	        -o "$$objects/$$(basename "$$source").o" "$$source" || exit 1; \
+	done
+	@include=$$($(VENV_PYTHON) -c 'import torch; print(torch.__path__[0] + "/include")' 2>/dev/null) || \
+	    { echo "kernels/cuda/binding.cpp is not checked: $(VENV) has no torch"; exit 0; }; \
+	echo kernels/cuda/binding.cpp && \
+	$(NVCC) -c -x c++ -std=c++20 -Xcompiler -fsyntax-only,-Wall,-Wextra,-Werror -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE \
+	    -isystem "$$include" -isystem "$$include/torch/csrc/api/include" -o /dev/null kernels/cuda/binding.cpp
+
+# That machine's own Python is used as it is: its torch fits its driver. Nothing is fetched.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py --model '$(GPU_MODEL)' --output-dir docs/benchmarks $(ARGS)
+
+# Wheels for the Python of the machine that runs gpu-check, in the versions that CI tests.
+gpu-wheels:
+	$(PYTHON) -m pip --disable-pip-version-check download --only-binary=:all: --no-deps --dest wheels \
+	    --implementation cp --python-version $(GPU_PYTHON_VERSION) \
+	    --platform manylinux_2_31_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	    $(shell sed -n -E '/^(msgspec|llguidance)==/p' requirements.txt)
 
 # models/ stays: it is a download, not a product of the sources.
 clean:

@@ -89,6 +89,10 @@ class EngineConfig:
     max_num_seqs: int = _flag(256, "most requests running at once")
     max_num_batched_tokens: int = _flag(2048, "most tokens in one batch")
     enable_chunked_prefill: bool = _flag(True, "split prompts that do not fit a batch over several")
+    enforce_eager: bool = _flag(False, "CUDA graphs off: every op is launched on its own; a CPU runs so anyway")
+    compile: bool = _flag(
+        False, "torch.compile the layers when batches first run, which takes a while (CPU: weights stay unpacked)"
+    )
     disable_log_stats: bool = _flag(False, "do not log throughput every 10 s")
 
     def __post_init__(self) -> None:
@@ -108,6 +112,7 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {share!r}")
         for name in (
             "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "disable_custom_all_reduce",
+            "enforce_eager", "compile",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")

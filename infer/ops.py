@@ -303,7 +303,7 @@ def paged_attention_reference(
 
 def _use_native(op: str, x: Tensor) -> bool:
     """Whether the native kernel of `op` runs for a tensor like x; every tensor of a call shares its device."""
-    if not _native_loaded():
+    if not (_found["library"] if "library" in _found else _native_loaded()):  # a call less, hundreds of times a step
         return False
     if x.is_cpu and x.dtype in _NATIVE_DTYPES:
         return True
@@ -373,6 +373,8 @@ def _load() -> bool:
         )
         return False
     _register_fakes()
+    if not _lacking(CUDA_SCHEMAS):
+        _register_cuda_fakes()
     return True
 
 
@@ -490,24 +492,6 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return qkv.new_empty((qkv.shape[0], num_q, k_pages.shape[3]))
 
-    if hasattr(torch.ops.infer, "attend_single_rows"):
-
-        @torch.library.register_fake("infer::attend_single_rows")
-        def _(
-            q: Tensor,
-            k_pages: Tensor,
-            v_pages: Tensor,
-            block_table: Tensor,
-            query_start: Tensor,
-            seq_lens: Tensor,
-            kv_map: Tensor,
-            scale: float,
-            window: int,
-            soft_cap: float,
-            out: Tensor,
-        ) -> None:
-            return None
-
     @torch.library.register_fake("infer::paged_attention")
     def _(
         q: Tensor,
@@ -522,3 +506,21 @@ def _register_fakes() -> None:
         soft_cap: float,
     ) -> Tensor:
         return q.new_empty(q.shape)
+
+
+def _register_cuda_fakes() -> None:
+    @torch.library.register_fake("infer::attend_single_rows")
+    def _(
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        seq_lens: Tensor,
+        kv_map: Tensor,
+        scale: float,
+        window: int,
+        soft_cap: float,
+        out: Tensor,
+    ) -> None:
+        return None

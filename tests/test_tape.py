@@ -63,7 +63,7 @@ def _batch(memory: pages.Pages, rows: list[int], keys: list[int]) -> ForwardCont
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recorded_stage_gives_the_same_bits(name, dtype, checkpoint_dirs):
-    for layers, is_first, is_last in ((range(0, 3), True, False), (range(2, 4), False, True)):
+    for layers, is_first, is_last in ((range(3), True, False), (range(2, 4), False, True)):
         stage = _stage(checkpoint_dirs[name], dtype, layers, is_first, is_last)
         memory, copy = (_memory(stage, dtype) for _ in range(2))
         for ours, theirs in zip((*memory.k, *memory.v), (*copy.k, *copy.v), strict=True):

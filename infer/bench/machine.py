@@ -16,6 +16,7 @@ SECONDS = 0.15  # of each measurement, about
 CPU_BUFFER_BYTES = 256 << 20  # more than a cache holds
 CUDA_BUFFER_BYTES = 1 << 30
 MAX_MATRIX = {"cpu": 2048, "cuda": 8192}
+CALLS_IN_A_ROW = {"cpu": 1, "cuda": 10}  # so that launching and waiting for a GPU does not count
 
 
 def measure(device: torch.device, dtype: torch.dtype, env: RankEnv) -> Hardware:
@@ -70,8 +71,8 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of square products, growing until one takes long enough."""
     best, size, seconds = 0.0, 256, 0.0
     while size <= MAX_MATRIX[device.type] and seconds < SECONDS / 4:
-        x = torch.ones(size, size, dtype=dtype, device=device)
-        weight = torch.ones(size, size, dtype=dtype, device=device)
+        # Random, for a GPU's clock falls with the power it draws, which equal numbers spare it.
+        x, weight = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
         seconds = _best(lambda x=x, weight=weight: F.linear(x, weight), device)  # type: ignore[misc]
         best, size = max(best, 2 * size**3 / seconds), 2 * size
     return best
@@ -80,14 +81,16 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 @torch.inference_mode()
 def _best(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of the calls that fit in SECONDS; at least two, the first of which does not count."""
+    in_a_row = CALLS_IN_A_ROW[device.type]
     work()
     _synchronize(device)
     best, begun = float("inf"), time.perf_counter()
     while best == float("inf") or time.perf_counter() - begun < SECONDS:
         started = time.perf_counter()
-        work()
+        for _ in range(in_a_row):
+            work()
         _synchronize(device)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, (time.perf_counter() - started) / in_a_row)
     return best
 
 

@@ -1,10 +1,12 @@
 """throughput and latency: the engine alone, without HTTP, beside the limit of the hardware."""
 
 import argparse
+import contextlib
 import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,18 +15,38 @@ from infer.bench.limits import Hardware, Limit, Model
 from infer.bench.machine import measure
 from infer.bench.report import table, write_json
 from infer.config import EngineConfig, from_args
+from infer.engine.loop import Engine
+from infer.engine.startup import check
 from infer.launch import RankEnv
-from infer.llm import LLM
+from infer.process import Process
 from infer.request import Request, SamplingParams
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command on rank 0; returns the exit status. Raises ValueError for what does not fit the model."""
-    with LLM(**vars(from_args(args, EngineConfig))) as llm:
-        bench = Bench(llm, args)
+    with open_engine(from_args(args, EngineConfig), f"-m infer.bench {args.command}") as engine:
+        bench = Bench(engine, args)
         report = bench.throughput() if args.command == "throughput" else bench.latency()
     write_json(args.output_json, report)
     return 0
+
+
+@contextlib.contextmanager
+def open_engine(config: EngineConfig, program: str) -> Iterator[Engine]:
+    """An engine over all ranks, closed on leaving. It has no tokenizer: prompts are random token ids.
+
+    program: as Topology.resolve has it. Raises ValueError for what cannot be built.
+    """
+    process = Process.join(RankEnv.from_environ())
+    check(config, process.world.size, program)
+    process.num_engines += 1
+    engine = Engine(process.world, process.courier, config, number=process.num_engines)
+    process.engine = engine
+    try:
+        yield engine
+    finally:
+        engine.close()
+        process.engine = None
 
 
 class Timing:
@@ -38,8 +60,8 @@ class Timing:
 class Bench:
     """An engine with nothing else to do. Raises ValueError where the requests do not fit the model."""
 
-    def __init__(self, llm: LLM, args: argparse.Namespace):
-        self._engine, self._args, self._env = llm.engine, args, RankEnv.from_environ()
+    def __init__(self, engine: Engine, args: argparse.Namespace):
+        self._engine, self._args, self._env = engine, args, RankEnv.from_environ()
         longest = args.input_len + args.output_len
         if longest > self._engine.max_model_len:
             raise ValueError(f"--input-len + --output-len is {longest}; the model takes {self._engine.max_model_len}")

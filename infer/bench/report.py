@@ -69,6 +69,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def slug(name: str) -> str:
+    """A file's name: "Intel Xeon Processor @ 2.10GHz" -> "intel-xeon-processor-2.10ghz"."""
+    kept = "".join(char if char.isalnum() or char == "." else " " for char in name.lower())
+    return "-".join(kept.split())
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value that `percent` of the values (at least one) are at or below, interpolated as numpy does."""
     ordered = sorted(values)

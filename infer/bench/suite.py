@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from infer.bench.report import child_error, markdown_table, positive, table, write_json
+from infer.bench.report import child_error, markdown_table, positive, slug, table, write_json
 from infer.bench.startup import launcher, serving, to_flags
 from infer.config import EngineConfig
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     heading = _heading(offline)
     print(f"{heading}\n{table(header, rows, left=(0, 2))}", flush=True)
     if args.output_dir is not None:
-        path = args.output_dir / f"{_slug(offline['hardware']['name'])}.md"
+        path = args.output_dir / f"{slug(offline['hardware']['name'])}.md"
         path.write_text(_page(args, offline, heading, header, rows))
         print(f"Written to {path}")
     report = {"offline": offline, "http": http, "layouts": [*layouts.values()], "startup": start}
@@ -161,9 +161,3 @@ def _page(
 ) -> str:
     command = f"python -m infer.bench suite --model {args.model}"
     return f"# {offline['hardware']['name']}\n\n{heading}.\n\n    {command}\n\n{markdown_table(header, rows)}\n"
-
-
-def _slug(name: str) -> str:
-    """A file's name: "Intel Xeon Processor @ 2.10GHz" -> "intel-xeon-processor-2.10ghz"."""
-    kept = "".join(char if char.isalnum() or char == "." else " " for char in name.lower())
-    return "-".join(kept.split())

@@ -1,6 +1,5 @@
 """What every rank does with a batch: keep its mirror of the sequences, run its stage, sample on the last one."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +22,11 @@ from infer.engine.batch import (
     NewSequence,
     StepResult,
 )
+from infer.engine.compile import compile_stage
+from infer.engine.graphs import Capture, DecodeGraphs
+from infer.engine.inputs import Inputs, Shape, Upload, pad
 from infer.engine.sampler import Sampler, SampleRow
+from infer.engine.stopwatch import stopwatch
 from infer.engine.tape import Forward, record_stage
 from infer.layers.attention import ForwardContext
 from infer.models.decoder import Stage
@@ -75,15 +78,29 @@ def _check_counts(batch: Batch) -> None:
         raise ValueError(f"step {batch.step} tells of {told} tokens, blocks and new sequences, but brings {there}")
 
 
+def _prompt_rows(
+    rows: np.ndarray, mirrors: list[Mirror], offsets: np.ndarray
+) -> list[tuple[int, Mirror, int, int, int]]:
+    """Prepared.prompt_rows of a batch. offsets: each sequence's first row."""
+    found = []
+    for index in np.flatnonzero(rows[:, FLAGS] & PROMPT_LOGPROBS):
+        mirror, start, end = mirrors[index], int(rows[index, START]), int(rows[index, START] + rows[index, COUNT])
+        count = min(end, mirror.description.num_prompt_tokens - 1) - start
+        found.append((int(rows[index, SEQ]), mirror, int(offsets[index]), start, count))
+    return found
+
+
 @dataclass
 class Prepared:
     """A batch on the device, and what to draw from it."""
 
     batch: Batch
-    tokens: torch.Tensor  # [T] int64
-    context: ForwardContext
+    bucket: int  # sequences that it is padded to, for a graph; 0: it is not
+    inputs: Inputs[torch.Tensor]
+    max_query_len: int
+    max_seq_len: int
+    prefill_keys: int
     sampled: list[Mirror]
-    sampled_rows: list[int]  # rows of the hidden states, one a sampled sequence
     prompt_rows: list[tuple[int, Mirror, int, int, int]]  # sequence id, mirror, first row, first position, count
 
 
@@ -100,13 +117,33 @@ class Runner:
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         self.vocab_size = stage.config.vocab_size
         self._forward: Forward = stage
-        self.busy_seconds = 0.0  # computing, not waiting for another stage
+        self._graphs: DecodeGraphs | None = None
+        in_flight = groups.topology.pp_size  # batches, at most
+        self._upload = Upload(device, depth=in_flight + 1)
+        self._busy = stopwatch(device)
         self._mirrors: dict[int, Mirror] = {}
         self._arrivals: dict[int, Callable[[], torch.Tensor]] = {}
 
     def record(self) -> None:
-        """Makes the stage's forward faster where it can be; all ranks of the stage call it together, before any batch."""
+        """Makes the forward faster where it can be; all ranks of the stage call it together, before any batch."""
         self._forward = record_stage(self.stage, self.pages)
+
+    def compile(self) -> None:
+        """Instead of record: lets torch.compile make the stage's forward, when a batch first wants it."""
+        self._forward = compile_stage(self.stage, self.groups.tp)
+
+    def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
+        """After record or compile: runs batches that only decode through graphs (see DecodeGraphs)."""
+        self._graphs = DecodeGraphs(
+            self.stage, self._forward, self.pages,
+            max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=self.block_size,
+            depth=self.groups.topology.pp_size, capture=capture,
+        )  # fmt: skip
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds of computing, not of waiting for another stage."""
+        return self._busy.seconds
 
     def receive(self, batch: Batch) -> None:
         """Posts the receive of this batch's hidden states."""
@@ -121,21 +158,35 @@ class Runner:
 
         Raises ValueError for a batch that does not fit what this rank knows; nothing has been computed then.
         """
-        started = time.perf_counter()
-        prepared = self._prepare(batch)
-        self.busy_seconds += time.perf_counter() - started
+        with self._busy:
+            prepared = self._prepare(batch)
+        x = prepared.inputs.tokens if self.groups.is_first_stage else self._arrivals.pop(batch.step)()
+        with self._busy:
+            output = self._run_stage(prepared, x)
+            if self.groups.is_last_stage:
+                return self._draw(prepared, output)
+            self.groups.pipe.send(output, batch.step)
+            return None
 
-        inputs = prepared.tokens if self.groups.is_first_stage else self._arrivals.pop(batch.step)()
-
-        started = time.perf_counter()
-        hidden = self._forward(inputs, prepared.context)
-        if not self.groups.is_last_stage:
-            self.groups.pipe.send(hidden, batch.step)
-            result = None
-        else:
-            result = self._draw(prepared, hidden)
-        self.busy_seconds += time.perf_counter() - started
-        return result
+    def _run_stage(self, prepared: Prepared, x: torch.Tensor) -> torch.Tensor:
+        """The stage's output [T, hidden]; on the last stage, of a batch with a bucket, the logits of its rows."""
+        if prepared.bucket:
+            assert self._graphs is not None
+            return self._graphs.run(prepared.inputs, x, len(prepared.batch.rows))
+        inputs = prepared.inputs
+        context = ForwardContext(
+            positions=inputs.positions,
+            slots=inputs.slots,
+            block_table=inputs.block_table,
+            query_start=inputs.query_start,
+            seq_lens=inputs.seq_lens,
+            k_pages=self.pages.k,
+            v_pages=self.pages.v,
+            max_query_len=prepared.max_query_len,
+            max_seq_len=prepared.max_seq_len,
+            prefill_keys=prepared.prefill_keys,
+        )
+        return self._forward(x, context)
 
     # ------------------------------------------------------------------ the mirror
 
@@ -177,57 +228,60 @@ class Runner:
         return mirrors
 
     def _inputs(self, batch: Batch, mirrors: list[Mirror]) -> Prepared:
-        rows = batch.rows
+        rows, num_seqs = batch.rows, len(mirrors)
         counts, starts = rows[:, COUNT].astype(np.int64), rows[:, START].astype(np.int64)
         ends = starts + counts
-        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        total = int(query_start[-1])
+        offsets = np.zeros(num_seqs + 1, dtype=np.int64)  # of each sequence's first row, and the end of all
+        np.cumsum(counts, out=offsets[1:])
+        total = int(offsets[-1])
+        # A graph gives the logits of all its rows, so that none need be picked.
+        bucket = self._graphs.size_for(batch) if self._graphs is not None else 0
+        sampled = np.flatnonzero(rows[:, FLAGS] & SAMPLE)
 
-        owner = np.repeat(np.arange(len(rows)), counts)  # row of the batch that each token belongs to
-        positions = np.arange(total) - np.repeat(query_start[:-1], counts) + np.repeat(starts, counts)
-        table = np.zeros((len(rows), int(-(-ends.max() // self.block_size))), dtype=np.int32)
-        tokens = np.empty(total, dtype=np.int64)
+        max_seq_len = int(ends.max())
+        width = -(-max_seq_len // self.block_size)
+        shape = Shape(bucket or total, bucket or num_seqs, width, 0 if bucket else len(sampled))
+        host = self._upload.take(shape)
+        if bucket:
+            pad(host, total, num_seqs)
+        else:
+            host.sampled[:] = offsets[sampled + 1] - 1
+        owner = np.repeat(np.arange(num_seqs), counts)  # row of the batch that each token belongs to
+        positions = np.arange(total) - np.repeat(offsets[:-1] - starts, counts)
         for index, mirror in enumerate(mirrors):
             used = -(-int(ends[index]) // self.block_size)
-            table[index, :used] = mirror.blocks[:used]
-            tokens[query_start[index] : query_start[index + 1]] = mirror.tokens[starts[index] : ends[index]]
-        slots = table[owner, positions // self.block_size].astype(np.int64) * self.block_size
-        slots += positions % self.block_size
+            host.block_table[index, :used] = mirror.blocks[:used]
+            if used < width:
+                host.block_table[index, used:] = 0
+            host.tokens[offsets[index] : offsets[index + 1]] = mirror.tokens[starts[index] : ends[index]]
+        blocks = host.block_table[owner, positions // self.block_size].astype(np.int64)
+        host.positions[:total] = positions
+        host.slots[:total] = blocks * self.block_size + positions % self.block_size
+        host.query_start[: num_seqs + 1] = offsets
+        host.seq_lens[:num_seqs] = ends
 
-        context = ForwardContext(
-            positions=self._to_device(positions),
-            slots=self._to_device(slots),
-            block_table=self._to_device(table),
-            query_start=self._to_device(query_start),
-            seq_lens=self._to_device(ends.astype(np.int32)),
-            k_pages=self.pages.k,
-            v_pages=self.pages.v,
+        return Prepared(
+            batch,
+            bucket,
+            self._upload.send(shape, host),
+            max_query_len=int(counts.max()),
+            max_seq_len=max_seq_len,
+            prefill_keys=int(ends[counts > 1].sum()) if total > num_seqs else 0,
+            sampled=[mirrors[index] for index in sampled.tolist()],
+            prompt_rows=_prompt_rows(rows, mirrors, offsets),
         )
-        sampled, sampled_rows, prompt_rows = [], [], []
-        for index, mirror in enumerate(mirrors):
-            flags = int(rows[index, FLAGS])
-            if flags & SAMPLE:
-                sampled.append(mirror)
-                sampled_rows.append(int(query_start[index + 1]) - 1)
-            if flags & PROMPT_LOGPROBS:
-                first, start = int(query_start[index]), int(starts[index])
-                count = min(int(ends[index]), mirror.description.num_prompt_tokens - 1) - start
-                prompt_rows.append((int(rows[index, SEQ]), mirror, first, start, count))
-        return Prepared(batch, self._to_device(tokens), context, sampled, sampled_rows, prompt_rows)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     # ------------------------------------------------------------------ the last stage
 
-    def _draw(self, prepared: Prepared, hidden: torch.Tensor) -> StepResult | None:
-        """Every tensor-parallel rank of the last stage takes part; the sampling rank gets the result."""
+    def _draw(self, prepared: Prepared, output: torch.Tensor) -> StepResult | None:
+        """Every tensor-parallel rank of the last stage takes part; the sampling rank gets the result.
+
+        output: what _run_stage gave. A batch with a bucket has no prompt rows.
+        """
         assert self.sampler is not None
         result = StepResult(prepared.batch.step, [])
         if prepared.sampled:
-            rows = torch.tensor(prepared.sampled_rows, device=hidden.device)
-            logits = self.stage.logits(hidden[rows])
+            logits = output if prepared.bucket else self.stage.logits(output[prepared.inputs.sampled])
             drawn = self.sampler.sample(logits, [mirror.sample_row() for mirror in prepared.sampled])
             if drawn is not None:
                 result.token_ids, result.logprobs = drawn.token_ids, drawn.logprobs
@@ -236,7 +290,7 @@ class Runner:
             for at in range(0, count, PROMPT_ROWS_AT_ONCE):
                 part = range(at, min(count, at + PROMPT_ROWS_AT_ONCE))
                 targets = mirror.tokens[start + 1 + part.start : start + 1 + part.stop].tolist()
-                logits = self.stage.logits(hidden[first + part.start : first + part.stop])
+                logits = self.stage.logits(output[first + part.start : first + part.stop])
                 entries = self.sampler.prompt_logprobs(logits, targets, [wanted] * len(part))
                 if entries is not None:
                     result.prompt_logprobs.setdefault(seq_id, []).extend(entries)

@@ -15,6 +15,7 @@ import torch
 from infer import launch
 from infer.cache import pages
 from infer.config import EngineConfig
+from infer.engine.graphs import cuda_capture, largest_batch, reserved_bytes, why_off
 from infer.engine.runner import Runner
 from infer.engine.sampler import Sampler
 from infer.layers.attention import ForwardContext
@@ -151,12 +152,16 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
     )
     try:
         stage = phases.run("loading weights", lambda: _load_stage(world, config, path, model_config, groups))
-        spare = phases.run("measuring memory", lambda: _measure(world, config, model_config, stage), collective=True)
+        spare = phases.run(
+            "measuring memory", lambda: _measure(world, config, model_config, stage, groups), collective=True
+        )
         num_blocks = _agree_on_blocks(config, groups, stage, spare, max_model_len)
         runner = phases.run(
             "allocating the KV cache", lambda: _make_runner(world, config, model_config, groups, stage, num_blocks)
         )
-        phases.run("recording the stage", runner.record, collective=True)
+        phases.run(
+            "recording the stage", lambda: _choose_forward(world, config, runner, max_model_len), collective=True
+        )
     except ValueError as error:
         groups.close()
         raise StartupError(str(error)) from None
@@ -174,6 +179,23 @@ def _make_runner(
     )
     sampler = Sampler(groups.tp, stage.vocab_starts) if groups.is_last_stage else None
     return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device)
+
+
+def _choose_forward(world: World, config: EngineConfig, runner: Runner, max_model_len: int) -> None:
+    """How the runner runs its stage: recorded or compiled, and on a GPU as graphs where it can."""
+    if config.compile:
+        runner.compile()
+    else:
+        runner.record()
+    if reason := _why_no_graphs(world, config, runner.groups, runner.stage):
+        if world.device.type == "cuda":
+            logger.info("CUDA graphs are off: %s", reason)
+        return
+    runner.use_graphs(largest_batch(config), max_model_len, cuda_capture(world.device))
+
+
+def _why_no_graphs(world: World, config: EngineConfig, groups: Groups, stage: Stage) -> str:
+    return why_off(config, stage, groups.topology.tp_size, world.env.local_world_size)
 
 
 def check(config: EngineConfig, world_size: int, program: str) -> tuple[Path, ModelConfig]:
@@ -229,7 +251,8 @@ def _load_stage(
         checkpoint = Checkpoint(path)
         load_weights(stage, checkpoint)
         source = f"{checkpoint.bytes_read:,} bytes read"
-    stage.pack()
+    if not config.compile:  # which knows no packed weights, and has matrix products of its own
+        stage.pack()
     layer_range = layers[groups.pp_rank]
     logger.info(
         "Model loading took %.2f GiB memory and %.2f seconds (rank %d: layers %d to %d, %s)",
@@ -239,38 +262,67 @@ def _load_stage(
     return stage
 
 
-def _measure(world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage) -> int:
+def _measure(world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage, groups: Groups) -> int:
     """Bytes this rank can give to the KV cache."""
     peak = 0
     if world.device.type == "cuda" and config.kv_cache_memory_bytes is None and not config.num_gpu_blocks_override:
-        peak = _peak_bytes(world, config, model_config, stage)
+        peak = _peak_bytes(world, config, model_config, stage, graphs=not _why_no_graphs(world, config, groups, stage))
     return pages.available_bytes(config, world.device, world.env.local_world_size, peak)
 
 
-@torch.inference_mode()
-def _peak_bytes(world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage) -> int:
-    """What a forward pass of the largest batch takes on the GPU beside weights and cache, by trying it."""
-    device, size, rows = world.device, config.block_size, config.max_num_batched_tokens
+def _peak_bytes(
+    world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage, *, graphs: bool
+) -> int:
+    """What a rank takes on the GPU beside weights and cache, by trying the largest batches.
+
+    graphs: the memory that graphs use is theirs alone, and comes on top.
+    """
+    device, size, max_model_len = world.device, config.block_size, model_config.max_position
     dtype = getattr(torch, model_config.dtype)
     page = pages.allocate(1, size, stage.kv_heads, model_config.head_dim, stage.num_layers, dtype, device)
-    context = ForwardContext(
+    rows = config.max_num_batched_tokens
+    prompt = _trial_context(page, [rows], -(-rows // size), rows)
+    peak = _trial_bytes(stage, prompt, min(config.max_num_seqs, rows))
+    if graphs:
+        largest, width = largest_batch(config), -(-max_model_len // size)
+        peak += _trial_bytes(stage, _trial_context(page, [1] * largest, width, max_model_len), largest)
+        peak += reserved_bytes(config, stage, dtype, max_model_len)
+    # Else what the trial left in the allocator's hands would count twice.
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _trial_context(page: pages.Pages, counts: list[int], table_width: int, max_seq_len: int) -> ForwardContext:
+    """A batch of so many rows for each sequence, all of whose keys would lie in the one block there is."""
+    device, rows = page.k[0].device, sum(counts)
+    lengths = torch.tensor(counts, dtype=torch.int32)
+    return ForwardContext(
         positions=torch.zeros(rows, dtype=torch.int64, device=device),
         slots=torch.full((rows,), -1, dtype=torch.int64, device=device),
-        block_table=torch.zeros(1, -(-rows // size), dtype=torch.int32, device=device),
-        query_start=torch.tensor([0, rows], dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([rows], dtype=torch.int32, device=device),
+        block_table=torch.zeros(len(counts), table_width, dtype=torch.int32, device=device),
+        query_start=torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]).to(device),
+        seq_lens=lengths.to(device),
         k_pages=page.k,
         v_pages=page.v,
+        max_query_len=max(counts),
+        max_seq_len=max_seq_len,
+        prefill_keys=sum(count for count in counts if count > 1),
     )
+
+
+@torch.inference_mode()
+def _trial_bytes(stage: Stage, context: ForwardContext, num_sampled: int) -> int:
+    """The most that a forward pass takes at once on the GPU, with the draw of so many tokens after it."""
+    device, rows = context.positions.device, len(context.positions)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     if stage.is_first:
-        inputs = torch.zeros(rows, dtype=torch.int64, device=device)
+        x = torch.zeros(rows, dtype=torch.int64, device=device)
     else:
-        inputs = torch.zeros(rows, model_config.hidden_size, dtype=dtype, device=device)
-    hidden = stage(inputs, context)
+        x = torch.zeros(rows, stage.config.hidden_size, dtype=context.k_pages[0].dtype, device=device)
+    hidden = stage(x, context)
     if stage.is_last:
-        stage.logits(hidden[: config.max_num_seqs]).float().softmax(-1)
+        stage.logits(hidden[:num_sampled]).float().softmax(-1)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 

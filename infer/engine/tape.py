@@ -4,8 +4,8 @@ Between two ops the Python interpreter spends some ten microseconds, in modules,
 pipeline stage has hundreds of ops, which at few rows are hardly longer than that. `Tape` calls the same ops on the same
 tensors from C++ (kernels/cpu/tape.cpp), so that its results have the same bits.
 
-A recording holds for other inputs only if the function does the same whatever the inputs hold and however many rows they
-have. `record` therefore records twice, with inputs of different shapes, and gives no tape where the two differ.
+A recording holds for other inputs only if the function does the same whatever the inputs hold and however many rows
+they have. `record` therefore records twice, with inputs of different shapes, and gives no tape where the two differ.
 """
 
 import logging

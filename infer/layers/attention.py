@@ -1,6 +1,6 @@
 """Attention over the paged KV cache, split by query head, and the context a forward pass runs in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from infer.layers.linear import ColumnLinear, RowLinear, Rows
 from infer.layers.norm import RMSNorm
 from infer.layers.rotary import Rotary
 from infer.models.config import ModelConfig
+from infer.ops_cuda import Prefill, plan_prefill
 from infer.parallel.placement import split_heads
 
 
@@ -24,6 +25,13 @@ class ForwardContext:
     query_start  [S + 1] int32: tokens [query_start[s], query_start[s + 1]) are the last ones of sequence s
     seq_lens     [S] int32: keys of each sequence, this batch's included
     k_pages      one [num_blocks, block_size, kv_heads, head_dim] for each layer of this stage; v_pages likewise
+
+    On a GPU, what the host knows of a batch that is not decode-only; a number that it does not tell is read from the
+    device, once, which waits for it:
+
+    max_query_len  the most tokens of a sequence; may be more than that
+    max_seq_len    the most keys of a sequence; may be more than that
+    prefill_keys   keys of the sequences with more than one token, all together
     """
 
     positions: Tensor
@@ -33,6 +41,18 @@ class ForwardContext:
     seq_lens: Tensor
     k_pages: list[Tensor]
     v_pages: list[Tensor]
+    max_query_len: int | None = None
+    max_seq_len: int | None = None
+    prefill_keys: int | None = None
+    prefill: Prefill | None = field(init=False, default=None)  # how a GPU attends, worked out once for all layers
+
+    def __post_init__(self) -> None:
+        # Every sequence has a token or pads a batch that only decodes, so as many tokens as sequences mean decode-only.
+        if self.positions.is_cuda and len(self.positions) != len(self.seq_lens):
+            self.prefill = plan_prefill(
+                self.query_start, self.seq_lens, self.block_table, self.k_pages[0], self.max_query_len,
+                self.max_seq_len, self.prefill_keys,
+            )  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -62,6 +82,9 @@ class Attention(nn.Module):
         )
         self.rotary, self.local = rotary, local
         self.num_q, self.num_kv, self.q_width = len(heads.query), len(heads.kv), len(query)
+        # Query heads of each KV head, if all have as many: kernels need not look.
+        group, rest = divmod(self.num_q, self.num_kv)
+        self.even_groups = rest == 0 and list(heads.kv_map) == [head // group for head in range(self.num_q)]
         self.eps, self.scale, self.window = c.norm_eps, d**-0.5, c.window[layer]
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -73,7 +96,7 @@ class Attention(nn.Module):
         )  # fmt: skip
         out = ops.paged_attention(
             q, k_pages, v_pages, ctx.block_table, ctx.query_start, ctx.seq_lens, self.kv_map, self.scale, self.window,
-            soft_cap=0.0,
+            soft_cap=0.0, prefill=ctx.prefill, even_groups=self.even_groups,
         )  # fmt: skip
         return self.o(out.view(-1, self.q_width))
 

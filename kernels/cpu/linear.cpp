@@ -8,16 +8,17 @@ namespace infer {
 
 constexpr int linear_lanes = 16;          // outputs of a block; infer/quant.py packs by it
 constexpr int linear_tile_outputs = 64;   // outputs a thread works on at a time, at most
-constexpr int64_t linear_chunk_rows = 240;
-constexpr int64_t linear_stretch = 2048;  // packed inputs a tile adds before it moves on: 64 outputs of them stay in L2
-constexpr int64_t linear_ahead = 512;      // weights fetched ahead where memory is the limit: 8% at one row
+constexpr int64_t linear_stretch = 2048;  // packs a tile adds before it moves on: 64 outputs of them stay in L2
+constexpr int64_t linear_ahead = 512;     // weights fetched ahead where memory is the limit: 8% at one row
+constexpr int64_t linear_chunk_bytes = 400 << 10;  // of activations that stay in L2 while the weights pass
 
 template <class T>
 struct LinearTask {
   const float* x;  // [rows, x_stride], inputs beyond the last are zero
   int64_t rows, x_stride;
+  int64_t chunk_rows;  // rows that the weights pass at a time
   const T* packed;
-  int64_t block_stride, pairs;  // elements of a block; packed inputs of a block
+  int64_t block_stride, packs;  // elements of a block; packs of inputs in a block
   const T* bias;                // [outputs] or null
   T* out;                       // [rows, outputs]
   int64_t outputs;
@@ -47,13 +48,13 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const st
                          int64_t outputs) {
   check_dim("packed_linear", "x", x, 2);
   check_dim("packed_linear", "packed", packed, 4);
-  const int64_t rows = x.size(0), blocks = packed.size(0), pairs = packed.size(1), per_pair = packed.size(3);
-  const int64_t columns = pairs * per_pair;
+  const int64_t rows = x.size(0), blocks = packed.size(0), packs = packed.size(1), pack = packed.size(3);
+  const int64_t columns = packs * pack;
   TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(2) == linear_lanes, "packed_linear: packed has shape ",
                     packed.sizes(), ", must be contiguous with ", linear_lanes, " lanes");
   TORCH_CHECK_VALUE((outputs + linear_lanes - 1) / linear_lanes == blocks && outputs > 0, "packed_linear: ", outputs,
                     " outputs do not fill ", blocks, " blocks of ", linear_lanes);
-  TORCH_CHECK_VALUE(x.size(1) <= columns && columns < x.size(1) + per_pair, "packed_linear: x has ", x.size(1),
+  TORCH_CHECK_VALUE(x.size(1) <= columns && columns < x.size(1) + pack, "packed_linear: x has ", x.size(1),
                     " columns, the weights ", columns);
   check_tensor("packed_linear", "x", x, packed.scalar_type(), {rows, x.size(1)});
   if (bias) check_tensor("packed_linear", "bias", *bias, packed.scalar_type(), {outputs});
@@ -64,14 +65,18 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const st
   const float* wide = widened(x, columns, room, &stride);
   for_dtype("packed_linear", packed.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    TORCH_CHECK_VALUE(per_pair == int64_t(sizeof(float) / sizeof(T)), "packed_linear: packed has ", per_pair,
+    TORCH_CHECK_VALUE(pack == int64_t(sizeof(float) / sizeof(T)), "packed_linear: packed has ", pack,
                       " inputs together, must have ", sizeof(float) / sizeof(T));
-    const LinearTask<T> task{wide, rows, stride, data<T>(packed), packed.stride(0), pairs,
+    constexpr int64_t least_chunk = 48;  // under that, the weights would pass too often
+    const int64_t fitting = linear_chunk_bytes / (columns * int64_t(sizeof(float))) / 8 * 8;
+    const int64_t chunk_rows = std::min(rows, std::max(fitting, least_chunk));
+    const LinearTask<T> task{wide, rows, stride, chunk_rows, data<T>(packed), packed.stride(0), packs,
                              bias ? data<T>(*bias) : nullptr, mutable_data<T>(out), outputs};
     const auto run = INFER_SELECT(linear_blocks<T>);
     at::parallel_for(0, blocks, grain_size(rows * columns * linear_lanes / 8), [&](int64_t begin, int64_t end) {
-      std::vector<float> sums(std::min(linear_chunk_rows, rows) * linear_tile_outputs);
-      run(task, begin, end, sums.data());
+      static thread_local std::vector<float> memory;  // kept
+      memory.resize(chunk_rows * linear_tile_outputs);
+      run(task, begin, end, memory.data());
     });
   });
   return out;

@@ -10,8 +10,7 @@ def main() -> None:
     prompt, params = [5, 6, 7], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     llm = LLM(model=model, dtype="float32", num_gpu_blocks_override=64, max_model_len=128, num_threads=1)
     before = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
-    stage = llm.engine.built.runner.stage
-    stage.forward = fail
+    llm.engine.built.runner._forward = fail
     if not caught:
         with llm:
             llm.generate(prompt, params, use_tqdm=False)
