@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from worlds import MARK, ROOT, free_port, kill_marked, marked_processes, one_at_a_time, rendezvous
+from worlds import MARK, ROOT, free_port, kill_marked, marked_processes, one_at_a_time, python_path, rendezvous
 
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
@@ -92,7 +92,7 @@ def server(
         command += ["-m", "torch.distributed.run", *rendezvous(standalone), "--nproc-per-node", str(ranks)]
         command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
     command += ["-m", "infer.serve", "--port", str(port), *map(str, args)]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), MARK: mark}
+    environ = {**os.environ, "PYTHONPATH": python_path(ROOT), MARK: mark}
     with tempfile.TemporaryDirectory(prefix="infer-serve-") as directory, one_at_a_time():
         log_path = Path(directory, "log")
         with open(log_path, "wb") as log:

@@ -15,6 +15,7 @@ from infer.layers.attention import ForwardContext
 from infer.models.config import load_model_config
 from infer.models.decoder import Stage
 from infer.parallel.groups import alone
+from infer.quant import OneDnn
 from infer.weights import init_dummy_weights
 
 CPU = torch.device("cpu")
@@ -131,6 +132,17 @@ def test_numbers_do_not_decide_the_dtype(dtype):
     assert replay is not None
     assert torch.equal(replay([x]), function([x]))
     assert replay([x]).dtype is dtype
+
+
+def test_products_by_onednn_can_be_recorded():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    matrix = OneDnn(torch.randn(16, 8).bfloat16(), keep_rows=False)
+    examples = ([torch.randn(n, 8).bfloat16()] for n in (3, 5))
+    replay = tape.record(lambda inputs: matrix.multiply(inputs[0]), *examples)
+    x = torch.randn(4, 8).bfloat16()
+    assert replay is not None
+    assert torch.equal(replay([x]), matrix.multiply(x))
 
 
 def test_wrong_calls_are_refused_by_name():

@@ -81,6 +81,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def python_path(*directories: Path) -> str:
+    """PYTHONPATH with these first, then what this process was given."""
+    return os.pathsep.join([*map(str, directories), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def run_world(
     program: Path | str,
     *args: object,
@@ -114,7 +119,7 @@ def run_world(
                 "3",
             ]
         command += [*what, *map(str, args)]
-        environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", MARK: mark, **(env or {})}
+        environ = {**os.environ, "PYTHONPATH": python_path(ROOT, ROOT / "tests"), MARK: mark, **(env or {})}
         started = time.monotonic()
         with open(Path(logs, "stdout"), "w+b") as out, open(Path(logs, "stderr"), "w+b") as err:
             process = subprocess.Popen(

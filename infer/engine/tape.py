@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
             return self._slots.get(id(value)) or Constant(value)
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
+        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
             return tuple(value)
         raise NotRecordable(f"{func} takes {value!r}")
 
@@ -175,15 +175,22 @@ def _recorded(function: Function, inputs: Sequence[Tensor]) -> tuple[list[Call],
 def _native(calls: list[Call], result: Slot, num_inputs: int) -> Function:
     tape = torch.classes.infer.Tape(num_inputs)
     for call in calls:
-        slots = [value.number if isinstance(value, Slot) else -1 for value in call.arguments]
+        slots = [_slot(value) for value in call.arguments]
         tape.add(call.op._schema.name, call.op._schema.overload_name, [_plain(v) for v in call.arguments], slots)
     tape.finish([result.number])
     return lambda inputs: tape.run(inputs)[0]
+
+
+def _slot(value: Any) -> int:
+    """As Tape.add has it: a slot, -1 for a value, or -2 for an empty list, whose type no value can tell."""
+    if isinstance(value, Slot):
+        return value.number
+    return -2 if value == () else -1
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Constant):
         return value.tensor
     if isinstance(value, tuple):
-        return list(value)
+        return list(value) or None
     return None if isinstance(value, Slot) else value

@@ -22,8 +22,9 @@ class Tape : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(num_inputs >= 0, "Tape: num_inputs is ", num_inputs, ", must not be negative");
   }
 
-  // Adds a call of an op. Argument i is the slot slots[i], or arguments[i] where slots[i] is -1; arguments beyond them
-  // have the defaults of the schema. Returns the slot of its first result; the others follow.
+  // Adds a call of an op. Argument i is the slot slots[i], or arguments[i] where slots[i] is -1, or an empty list where
+  // it is -2; arguments beyond them have the defaults of the schema. Returns the slot of its first result; the others
+  // follow.
   int64_t add(const std::string& name, const std::string& overload, const c10::List<c10::IValue>& arguments,
               const std::vector<int64_t>& slots) {
     Call call{c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str()), {}, {}, num_slots_};
@@ -41,7 +42,11 @@ class Tape : public torch::CustomClassHolder {
       }
       TORCH_CHECK_VALUE(i < slots.size() || argument.default_value(), "Tape: ", name, " needs its argument ",
                         argument.name());
-      call.arguments.push_back(i < slots.size() ? as(argument.type(), arguments.get(i)) : *argument.default_value());
+      if (i >= slots.size()) {
+        call.arguments.push_back(*argument.default_value());
+      } else {
+        call.arguments.push_back(slots[i] == -2 ? empty_list(argument.type()) : as(argument.type(), arguments.get(i)));
+      }
     }
     num_slots_ += static_cast<int64_t>(schema.returns().size());
     calls_.push_back(std::move(call));
@@ -106,6 +111,12 @@ class Tape : public torch::CustomClassHolder {
       return number;
     }
     return value;
+  }
+
+  static c10::IValue empty_list(const c10::TypePtr& type) {
+    const auto list = type->cast<c10::ListType>();
+    TORCH_CHECK_VALUE(list, "Tape: a list stands where the schema has ", type->str());
+    return c10::impl::GenericList(list->getElementType());
   }
 
   const int64_t num_inputs_;
