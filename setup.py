@@ -5,6 +5,7 @@ installation still succeeds: every op has a PyTorch reference (infer/ops.py). to
 install with `pip install --no-build-isolation -e .`.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from setuptools import find_packages, setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, is_ninja_available
 except ImportError:
     BuildExtension = CppExtension = CUDAExtension = CUDA_HOME = None
 
@@ -43,6 +44,15 @@ def find_nvcc() -> str | None:
     """The CUDA compiler that torch's builds use, if this torch can use what it compiles."""
     nvcc = os.path.join(CUDA_HOME or "", "bin", "nvcc")
     return nvcc if CUDA_HOME and torch.version.cuda and os.access(nvcc, os.X_OK) else None
+
+
+def has_ninja() -> bool:
+    """Whether ninja can be run, of which the package alone will do, even where its programs are not on the PATH."""
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+    return is_ninja_available()
 
 
 def default_architectures(nvcc: str) -> str:
@@ -116,9 +126,11 @@ def native_build() -> dict:
                 setattr(ext, name, getattr(plain, name))
             return True
 
+    nvcc = find_nvcc()
     return {
-        "ext_modules": [kernel_extension(find_nvcc())],
-        "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=False)},
+        "ext_modules": [kernel_extension(nvcc)],
+        # nvcc takes long enough that sources should be compiled side by side where they can be.
+        "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=nvcc is not None and has_ninja())},
     }
 
 

@@ -74,7 +74,7 @@ class EngineConfig:
     )
     distributed_timeout_seconds: int = _flag(1800, "longest wait for another rank inside one step")
     disable_custom_all_reduce: bool = _flag(
-        False, "sum over CPU ranks of one host through gloo, not through shared memory"
+        False, "sums and hidden states of CPU ranks on one host go through gloo, not through shared memory"
     )
     num_threads: int | None = _flag(None, "CPU threads of each rank (default: cores / ranks on the host)", parse=int)
 

@@ -69,6 +69,12 @@ def served_name(model: str) -> str:
     return Path(os.path.abspath(path)).name if path.is_dir() else model.rstrip("/").rpartition("/")[2]
 
 
+def existing_directory(name: str) -> Path | None:
+    """The directory of that name, not fetched and not checked; None where there is none."""
+    path = Path(name).expanduser()
+    return path if name and path.is_dir() else None
+
+
 def _local_directory(what: str, name: str, revision: str | None) -> Path | None:
     """The directory of that name; None where it can only be a Hub id; ValueError where it is neither."""
     if not name:

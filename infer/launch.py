@@ -14,12 +14,13 @@ starts every rank again, up to --max-restarts times, and each of those finds a m
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -202,6 +203,26 @@ def _exit(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+# ----------------------------------------------------------------------------------------------------- importing torch
+
+
+@contextlib.contextmanager
+def lasting_imports() -> Iterator[None]:
+    """Imports within it make objects that live as long as the process, so the garbage collector never looks at them.
+
+    Torch makes hundreds of thousands. Full collections walk them all: several times during the import, and from then
+    on in the middle of a step, which waits for it.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 # ----------------------------------------------------------------------------------------------------- torchrun's death

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infer.ops_sampling import argmax_rows_reference, largest_reference, perturbed_max_reference
+
 if TYPE_CHECKING:
     from infer.ops_cuda import Prefill
 
@@ -41,6 +43,9 @@ SCHEMAS = {
     ),
     "packed_linear": "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",
     "packed_rows": "(Tensor ids, Tensor packed, int inputs) -> Tensor",
+    "argmax_rows": "(Tensor logits) -> (Tensor, Tensor)",
+    "perturbed_max": "(Tensor logits, Tensor temperatures, Tensor keys, int start) -> (Tensor, Tensor)",
+    "largest": "(Tensor logits, int k) -> (Tensor, Tensor)",
 }
 
 LINEAR_LANES = 16  # outputs that a packed weight keeps side by side
@@ -191,6 +196,42 @@ def paged_attention(
             return prefill.attend(q, k_pages, v_pages, kv_map, scale, window, even_groups)
         return torch.ops.infer.paged_attention.default(*args)
     return paged_attention_reference(*args)
+
+
+def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row, and its column (the lowest one of equals): float32 [rows], int64 [rows].
+
+    logits: [rows, width] in any floating dtype, width > 0. A NaN counts as larger than everything.
+    """
+    if logits.is_cpu and _use_native("argmax_rows", logits):  # elsewhere the reference is one kernel
+        return torch.ops.infer.argmax_rows.default(logits)
+    return argmax_rows_reference(logits)
+
+
+def perturbed_max(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The largest of logit + temperature * gumbel in each row, and its column: float32 [rows], int64 [rows].
+
+    logits        [rows, width] in any floating dtype, width > 0: those of the token ids [start, start + width)
+    temperatures  [rows] float32, positive
+    keys          [rows] int64, from noise.stream_key: what the noise of a row is made from, with the token id
+
+    The lowest column of equals; a NaN counts as larger than everything. The native kernel equals the reference to the
+    last bit.
+    """
+    if logits.is_cpu and _use_native("perturbed_max", logits):  # there is none for GPUs
+        return torch.ops.infer.perturbed_max.default(logits, temperatures, keys, start)
+    return perturbed_max_reference(logits, temperatures, keys, start)
+
+
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row by (value falling, column rising): float32 [rows, k] and int64 columns [rows, k].
+
+    logits: [rows, width] in any floating dtype. A NaN counts as larger than everything; several of them come in any
+    order. k > 0 is cut to the width.
+    """
+    if logits.is_cpu and k < logits.shape[-1] and _use_native("largest", logits):  # a full sort is PyTorch's
+        return torch.ops.infer.largest.default(logits, k)
+    return largest_reference(logits, k)
 
 
 # ---------------------------------------------------------------------------------------------- the references
@@ -463,6 +504,20 @@ def _register_fakes() -> None:
     @torch.library.register_fake("infer::packed_linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
         return x.new_empty((x.shape[0], outputs))
+
+    @torch.library.register_fake("infer::argmax_rows")
+    def _(logits: Tensor) -> tuple[Tensor, Tensor]:
+        rows = logits.shape[0]
+        return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.int64)
+
+    @torch.library.register_fake("infer::perturbed_max")
+    def _(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        return temperatures.new_empty(temperatures.shape), keys.new_empty(keys.shape)
+
+    @torch.library.register_fake("infer::largest")
+    def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        shape = (logits.shape[0], k)
+        return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
     @torch.library.register_fake("infer::rms_norm")
     def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 logger = logging.getLogger("infer.ops")
 
-# Gathered keys and values of one layer take no more than this, or one KV head's if that is more: then KV heads take
-# turns. Beyond weights and cache, a forward pass needs this much memory for attention.
+# Gathered keys and values of one layer take no more than this: KV heads take turns, and then sequences do. Only one
+# head of one sequence is never divided, and takes more where it is that long. gather_room tells what this comes to.
 GATHER_BYTES = 256 << 20
 
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -32,13 +32,46 @@ VarlenAttention = Callable[..., Any]
 
 
 @dataclass
+class Run:
+    """Consecutive sequences of a batch whose keys are gathered at once.
+
+    rows         of q: those of these sequences, and maybe rows of no sequence after them
+    query_start  [S + 1] int32: rows [query_start[s], query_start[s + 1]) of these are those of sequence s
+    key_start    [S + 1] int32: gathered keys [key_start[s], key_start[s + 1]) are those of sequence s; none if it has
+                 fewer than two rows
+    block_table  [S, max_blocks] int32
+    num_keys     of all of them together, not 0
+    """
+
+    rows: slice
+    query_start: Tensor
+    key_start: Tensor
+    block_table: Tensor
+    num_keys: int
+
+    def slots(self, window: int, block_size: int) -> Tensor:
+        """[num_keys] int64: block * block_size + offset of every gathered key, for layers with this window.
+
+        Blocks before the window of a sequence's first row may be gone. In place of their keys, which no row sees, the
+        first key that is seen stands: nothing of another sequence comes near, not even masked (0 * NaN is NaN).
+        """
+        key_lens, query_lens = self.key_start.diff(), self.query_start.diff()
+        seqs = torch.arange(len(key_lens), device=key_lens.device)
+        owner = torch.repeat_interleave(seqs, key_lens, output_size=self.num_keys)
+        position = torch.arange(self.num_keys, device=key_lens.device) - self.key_start[owner]
+        if window:
+            first_seen = (key_lens - query_lens - window + 1).clamp_(min=0)
+            position = torch.maximum(position, first_seen[owner])
+        block = self.block_table[owner, position // block_size].long()
+        return block * block_size + position % block_size
+
+
+@dataclass
 class Prefill:
     """The sequences of a batch that have several rows, and where their keys stand. One serves all layers.
 
     query_start, seq_lens, block_table: as in ops.paged_attention
-    key_start      [S + 1] int32: gathered keys [key_start[s], key_start[s + 1]) are those of sequence s; none if it has
-                   fewer than two rows
-    num_keys       of all sequences together
+    runs           which of the sequences take their turn together; none is of sequences with one row alone
     max_query_len  the most rows of a sequence; max_seq_len: the most keys
     """
 
@@ -46,8 +79,7 @@ class Prefill:
     seq_lens: Tensor
     block_table: Tensor
     block_size: int
-    key_start: Tensor
-    num_keys: int
+    runs: list[Run]
     max_query_len: int
     max_seq_len: int
     attention: VarlenAttention
@@ -74,56 +106,46 @@ class Prefill:
         num_q, (num_kv, dim) = q.shape[1], k_pages.shape[2:]
         heads, group = (num_kv, num_q // num_kv) if even_groups else (num_q, 1)
         k_slots, v_slots = k_pages.view(-1, num_kv, dim), v_pages.view(-1, num_kv, dim)
-        slots = self.slots(window)
 
-        def some_heads(begin: int, end: int) -> Tensor:
+        def some_heads(run: Run, slots: Tensor, begin: int, end: int) -> Tensor:
             """Query heads [begin, end) of `heads` groups."""
             if even_groups:
                 k, v = (pages[:, begin:end].index_select(0, slots) for pages in (k_slots, v_slots))
             else:
                 chosen = kv_map[begin:end].long()
                 k, v = (pages[slots.unsqueeze(1), chosen] for pages in (k_slots, v_slots))
-            return self._flash(q[:, begin * group : end * group], k, v, scale, window)
+            return self._flash(run, q[run.rows, begin * group : end * group], k, v, scale, window)
 
-        at_once = max(1, GATHER_BYTES // (2 * self.num_keys * dim * q.element_size()))
-        if at_once >= heads:
-            out = some_heads(0, heads)
+        if len(self.runs) == 1 and heads <= _heads_at_once(k_pages, self.runs[0].num_keys):
+            out = some_heads(self.runs[0], self.slots(self.runs[0], window), 0, heads)
         else:
             out = torch.empty_like(q, memory_format=torch.contiguous_format)
-            for begin in range(0, heads, at_once):
-                end = min(heads, begin + at_once)
-                out[:, begin * group : end * group] = some_heads(begin, end)
+            for run in self.runs:
+                slots, at_once = self.slots(run, window), _heads_at_once(k_pages, run.num_keys)
+                for begin in range(0, heads, at_once):
+                    end = min(heads, begin + at_once)
+                    out[run.rows, begin * group : end * group] = some_heads(run, slots, begin, end)
         # The rows above belong to sequences with several; the others' are still undefined.
         torch.ops.infer.attend_single_rows.default(
             q, k_pages, v_pages, self.block_table, self.query_start, self.seq_lens, kv_map, scale, window, 0.0, out
         )
         return out
 
-    def _flash(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    def _flash(self, run: Run, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
         # Causal and aligned at the end: the last row of a sequence sees its last key. FlashAttention counts the keys
         # before a query's own position, `window` counts that one too.
         out: Tensor = self.attention(
-            q, k, v, self.query_start, self.key_start, self.max_query_len, self.max_seq_len, scale=scale,
+            q, k, v, run.query_start, run.key_start, self.max_query_len, self.max_seq_len, scale=scale,
             window_size=(window - 1 if window else -1, 0),
         )  # fmt: skip
         return out
 
-    def slots(self, window: int) -> Tensor:
-        """[num_keys] int64: block * block_size + offset of every gathered key, for layers with this window.
-
-        Blocks before the window of a sequence's first row may be gone. In place of their keys, which no row sees, the
-        first key that is seen stands: nothing of another sequence comes near, not even masked (0 * NaN is NaN).
-        """
+    def slots(self, run: Run, window: int) -> Tensor:
+        """run.slots, kept for the layers to come if it is the only run: those of many would grow beyond any bound."""
+        if len(self.runs) > 1:
+            return run.slots(window, self.block_size)
         if window not in self._slots:
-            key_lens, query_lens = self.key_start.diff(), self.query_start.diff()
-            seqs = torch.arange(len(key_lens), device=key_lens.device)
-            owner = torch.repeat_interleave(seqs, key_lens, output_size=self.num_keys)
-            position = torch.arange(self.num_keys, device=key_lens.device) - self.key_start[owner]
-            if window:
-                first_seen = (key_lens - query_lens - window + 1).clamp_(min=0)
-                position = torch.maximum(position, first_seen[owner])
-            block = self.block_table[owner, position // self.block_size].long()
-            self._slots[window] = block * self.block_size + position % self.block_size
+            self._slots[window] = run.slots(window, self.block_size)
         return self._slots[window]
 
 
@@ -139,10 +161,10 @@ def plan_prefill(
     """The plan of a batch that does not only decode, or None where the decode kernel does all of it.
 
     prefill_keys: keys of the sequences with several rows, all together. A number that is None is read from the device,
-    which waits for it.
+    which waits for it; so are the lengths where there are more keys than can be gathered at once.
     """
-    attention = _flash_attention(k_pages.device)
-    if attention is None or k_pages.dtype not in _FLASH_DTYPES or k_pages.shape[3] % 8 or k_pages.shape[3] > 256:
+    attention = _attention_for(k_pages)
+    if attention is None:
         return None
     query_lens = query_start.diff()
     key_lens = torch.where(query_lens > 1, seq_lens, 0)
@@ -151,11 +173,62 @@ def plan_prefill(
         max_query_len, max_seq_len, prefill_keys = (int(number) for number in numbers.tolist())
     if prefill_keys == 0:
         return None
-    key_start = F.pad(key_lens.cumsum(0, dtype=torch.int32), (1, 0))
-    return Prefill(
-        query_start, seq_lens, block_table, k_pages.shape[1], key_start, prefill_keys, max_query_len, max_seq_len,
-        attention,
-    )  # fmt: skip
+    most = GATHER_BYTES // _bytes_per_key(k_pages)
+    if prefill_keys <= most:
+        runs = [Run(slice(None), query_start, _starts(key_lens), block_table, prefill_keys)]
+    else:
+        runs = _divide(query_start, key_lens, block_table, most)
+    return Prefill(query_start, seq_lens, block_table, k_pages.shape[1], runs, max_query_len, max_seq_len, attention)
+
+
+def _divide(query_start: Tensor, key_lens: Tensor, block_table: Tensor, most: int) -> list[Run]:
+    """Runs of at most so many keys, or of one sequence. key_lens [S] int32: 0 for sequences that are not gathered."""
+    rows, lengths = query_start.tolist(), key_lens.tolist()
+    runs, begin = [], 0
+    while begin < len(lengths):
+        end, num_keys = begin + 1, lengths[begin]
+        while end < len(lengths) and num_keys + lengths[end] <= most:
+            end, num_keys = end + 1, num_keys + lengths[end]
+        if num_keys:
+            starts = query_start[begin : end + 1] - rows[begin]
+            of_keys, blocks = _starts(key_lens[begin:end]), block_table[begin:end]
+            runs.append(Run(slice(rows[begin], rows[end]), starts, of_keys, blocks, num_keys))
+        begin = end
+    return runs
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    """[S] int32 -> [S + 1] int32: where each begins, one after another, and the end of all."""
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _bytes_per_key(k_pages: Tensor) -> int:
+    """Of a key and a value of one head."""
+    return 2 * k_pages.shape[3] * k_pages.element_size()
+
+
+def _heads_at_once(k_pages: Tensor, num_keys: int) -> int:
+    """How many KV heads take their turn together; at least one."""
+    return max(1, GATHER_BYTES // (num_keys * _bytes_per_key(k_pages)))
+
+
+def gather_room(k_pages: Tensor, *, num_keys: int, max_model_len: int) -> int:
+    """Bytes that gathered keys and values may take at most, beyond what they do in a batch of one prompt of num_keys.
+
+    k_pages: any with the cache's device, dtype and heads.
+    """
+    if _attention_for(k_pages) is None:
+        return 0
+    per_key = _bytes_per_key(k_pages)
+    heads = min(k_pages.shape[2], _heads_at_once(k_pages, num_keys))
+    return max(0, max(GATHER_BYTES, max_model_len * per_key) - heads * num_keys * per_key)
+
+
+def _attention_for(k_pages: Tensor) -> VarlenAttention | None:
+    """What attends over keys like these; None where it has to be the decode kernel."""
+    if k_pages.dtype not in _FLASH_DTYPES or k_pages.shape[3] % 8 or k_pages.shape[3] > 256:
+        return None
+    return _flash_attention(k_pages.device)
 
 
 @functools.cache

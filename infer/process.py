@@ -57,6 +57,8 @@ class Process:
         if engine is not None and engine.broken is not None and self.world.size > 1:
             _exit(1)
         try:
+            if engine is not None and self.world.size > 1:
+                engine.close()  # the script did not: NCCL's groups do not end while the ranks have CUDA graphs
             self.courier.send(Kind.EXIT)
             self.courier.close()
             leave(self.world)

@@ -162,7 +162,8 @@ def init_dummy_weights(stage: nn.Module, seed: int) -> None:
     """Random weights without a checkpoint: uniform, of standard deviation 0.02; norms are 1.
 
     A value depends on the seed, the tensor's name and the place in it, so that every layout is the same model. Each
-    block of 1024 rows has a generator of its own; a rank generates those blocks that hold rows of its own.
+    block of 1024 rows has a generator of its own; a rank generates those blocks that hold rows of its own. A GPU
+    generates its own numbers, which are not those of a CPU nor of every other kind of GPU.
     """
     for parameter, spec in declared(stage):
         if spec.init == "ones":
@@ -182,7 +183,8 @@ def _fill_random(source: Source, out: Tensor, seed: int) -> None:
         first = block * DUMMY_BLOCK_ROWS
         last = min(first + DUMMY_BLOCK_ROWS, source.shape[0])
         digest = hashlib.sha256(f"{seed}/{source.name}/{block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-        values = torch.empty((last - first, *source.shape[1:])).uniform_(-bound, bound, generator=generator)
+        generator = torch.Generator(out.device).manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        values = torch.empty((last - first, *source.shape[1:]), device=out.device)
+        values.uniform_(-bound, bound, generator=generator)
         start, stop = max(first, held.start), min(last, held.stop)
         out[start - held.start : stop - held.start].copy_(values[(slice(start - first, stop - first), *columns)])

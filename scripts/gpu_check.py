@@ -5,13 +5,16 @@
 Run it with a Python that has torch with CUDA, in the repository; it needs no network. Packages that this Python lacks
 are installed from wheels/ (`make gpu-wheels`, on a machine with a network) into a directory of their own, so that the
 Python itself stays as it is. A step that fails is told at once; the steps that do not need it still run, and the exit
-status is 1.
+status is 1. All of it ends within ten minutes: what the first steps take is not left to the last, the slowest variant
+of the benchmark, and the page holds what was measured by then.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,14 +30,16 @@ from infer.bench.report import markdown_table, slug, table  # noqa: E402 - it ne
 SITE = ROOT / "build" / "gpu-site"
 WHEELS = ROOT / "wheels"
 PACKAGES = ("msgspec", "llguidance")  # what a Python for machine learning may lack
-VARIANTS = {  # the programs that measure each
+VARIANTS = {  # the programs that measure each, in this order
     "graphs": ["scripts/gpu_bench.py", "graphs"],
     "eager": ["scripts/gpu_bench.py", "eager"],
-    "compile": ["scripts/gpu_bench.py", "compile"],
     "transformers": ["tests/gpu/peer_transformers.py"],
+    "compile": ["scripts/gpu_bench.py", "compile"],
 }
 TITLES = {"graphs": "CUDA graphs", "eager": "--enforce-eager", "compile": "--compile", "transformers": "transformers"}
-SECONDS = {"build": 300, "tests": 300, "benchmark": 200}  # each step's, or each variant's, time at most
+TOTAL_SECONDS = 590
+# Each step's, or each variant's, time at most, and never more than is left.
+SECONDS = {"build": 180, "tests": 200, "benchmark": 150}
 
 
 class StepFailed(Exception):
@@ -47,13 +52,14 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, help="writes the figures to a page there, named after the GPU")
     parser.add_argument("--only", choices=["tests", "benchmark"], help="beside the build")
     args = parser.parse_args()
-    check, started = Check(), time.monotonic()
-    if check.step("packages", install_packages) and check.step("kernels", build_kernels):
+    check, programs = Check(), Programs(time.monotonic() + TOTAL_SECONDS)
+    installed = check.step("packages", lambda: install_packages(programs))
+    if installed and check.step("kernels", lambda: build_kernels(programs)):
         if args.only != "benchmark":
-            check.step("GPU tests", run_tests)
+            check.step("GPU tests", lambda: run_tests(programs))
         if args.only != "tests":
-            check.step("GPU benchmark", lambda: run_benchmark(args.model, args.output_dir))
-    print(f"gpu_check: {time.monotonic() - started:.0f} s", flush=True)
+            check.step("GPU benchmark", lambda: run_benchmark(programs, args.model, args.output_dir))
+    print(f"gpu_check: {TOTAL_SECONDS - programs.seconds_left:.0f} s", flush=True)
     if check.failed:
         sys.exit(f"gpu_check: failed: {', '.join(check.failed)}")
 
@@ -78,25 +84,41 @@ class Check:
         return True
 
 
-def run(what: str, command: list[str], seconds: int, **variables: str) -> None:
-    """Runs a program of this Python in the repository, with the packages of SITE. Raises StepFailed.
+class Programs:
+    """Runs programs of this Python in the repository, with the packages of SITE, until a moment of time.monotonic()."""
 
-    variables: of its environment, unless they are set already.
-    """
-    path = os.pathsep.join([str(ROOT), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environ = {**variables, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    try:
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environ, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise StepFailed(f"{what} did not end within {seconds} s") from None
-    if done.returncode != 0:
-        raise StepFailed(f"{what} ended with status {done.returncode}; what it said stands above")
+    def __init__(self, deadline: float):
+        self._deadline = deadline
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def run(self, what: str, command: list[str], seconds: float, **variables: str) -> None:
+        """Raises StepFailed. variables: of the program's environment, unless they are set already."""
+        path = os.pathsep.join([str(ROOT), str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environ = {**variables, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        seconds = min(seconds, self.seconds_left)
+        if seconds < 1:
+            raise StepFailed(f"{what}: no time left of the {TOTAL_SECONDS} s of all")
+        # A session of its own, since it may start processes that use the GPU, which must end with it.
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environ, start_new_session=True)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise StepFailed(f"{what} did not end within {seconds:.0f} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nobody of the session is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if status != 0:
+            raise StepFailed(f"{what} ended with status {status}; what it said stands above")
 
 
 # ------------------------------------------------------------------------------------------------------- the steps
 
 
-def install_packages() -> None:
+def install_packages(programs: Programs) -> None:
     """Installs from wheels/ what this Python lacks. Raises StepFailed, naming what is missing."""
     if importlib.util.find_spec("torch") is None:
         raise StepFailed(f"{sys.executable} has no torch; name a Python that has: make gpu-check PYTHON=...")
@@ -110,10 +132,11 @@ def install_packages() -> None:
         )
     if lacking:
         options = ["--quiet", "--no-index", "--no-deps", "--find-links", str(WHEELS), "--target", str(SITE)]
-        run("pip", ["-m", "pip", "--disable-pip-version-check", "install", *options, *lacking], SECONDS["build"])
+        install = ["-m", "pip", "--disable-pip-version-check", "install", *options, *lacking]
+        programs.run("pip", install, SECONDS["build"])
 
 
-def build_kernels() -> None:
+def build_kernels(programs: Programs) -> None:
     """Compiles the kernels in place, and makes sure that they run on this GPU."""
     ask = (
         "import sys, torch; "
@@ -125,41 +148,50 @@ def build_kernels() -> None:
         raise StepFailed(asked.stderr.strip().splitlines()[-1])
     # For this GPU alone: each architecture costs its time again.
     build = ["setup.py", "build_ext", "--inplace"]
-    run("setup.py", build, SECONDS["build"], TORCH_CUDA_ARCH_LIST=asked.stdout.strip())
+    programs.run("setup.py", build, SECONDS["build"], TORCH_CUDA_ARCH_LIST=asked.stdout.strip())
     probe = (
         "import logging, sys, torch; logging.basicConfig(); from infer import ops; "
         "ops.decode_runs_on_device(32, 128, torch.bfloat16, torch.device('cuda', 0)) or sys.exit('no CUDA kernels')"
     )
-    run("the kernels' first run", ["-c", probe], SECONDS["build"])
+    programs.run("the kernels' first run", ["-c", probe], SECONDS["build"])
 
 
-def run_tests() -> None:
-    run("pytest", ["-m", "pytest", "-m", "gpu", "tests/gpu"], SECONDS["tests"])
+def run_tests(programs: Programs) -> None:
+    programs.run("pytest", ["-m", "pytest", "-m", "gpu", "tests/gpu"], SECONDS["tests"])
 
 
-def run_benchmark(model: str, output_dir: Path | None) -> None:
-    """Measures every variant, prints the table, and writes the page. Raises StepFailed after those that worked."""
-    reports, problems = {}, []
+def run_benchmark(programs: Programs, model: str, output_dir: Path | None) -> None:
+    """Measures every variant, writes the page after each, and prints the table. Raises StepFailed if one failed."""
+    reports: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
     with tempfile.TemporaryDirectory(prefix="infer-gpu-") as directory:
         for variant, program in VARIANTS.items():
             figures = Path(directory) / f"{variant}.json"
+            command = [*program, "--model", model, "--output-json", str(figures)]
             try:
-                run(variant, [*program, "--model", model, "--output-json", str(figures)], SECONDS["benchmark"])
+                programs.run(variant, command, SECONDS["benchmark"])
                 reports[variant] = json.loads(figures.read_text())
             except StepFailed as error:
+                reports[variant] = {"missing": "failed"}
                 problems.append(str(error))
                 print(f"gpu_check: {error}", file=sys.stderr, flush=True)
-    own = [report for report in reports.values() if "hardware" in report]
-    if own:
-        header, rows = _rows(reports)
+            write_page(model, reports, output_dir)
+    header, rows = _rows(reports)
+    if rows:
         print(table(header, rows), flush=True)
-        if output_dir is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            page = output_dir / f"{slug(own[0]['hardware']['name'])}.md"
-            page.write_text(_page(model, own[0], reports, header, rows))
-            print(f"Written to {page}")
     if problems:
         raise StepFailed("; ".join(problems))
+
+
+def write_page(model: str, reports: dict[str, dict[str, Any]], output_dir: Path | None) -> None:
+    """Writes what has been measured so far to a page of output_dir, if there is one."""
+    own = [report for report in reports.values() if "hardware" in report]
+    if output_dir is None or not own:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    page = output_dir / f"{slug(own[0]['hardware']['name'])}.md"
+    page.write_text(_page(model, own[0], reports, *_rows(reports)))
+    print(f"gpu_check: written to {page}", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -167,17 +199,15 @@ def run_benchmark(model: str, output_dir: Path | None) -> None:
 
 def _rows(reports: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A row a workload, a column a variant: the time, and the share of the hardware's limit that it is."""
-    workloads = next(report["workloads"] for report in reports.values() if "hardware" in report)
+    workloads = next((report["workloads"] for report in reports.values() if "hardware" in report), {})
     rows = []
     for name, measured in workloads.items():
         cells = [name, f"{1e3 * measured['limit']:.2f} ms"]
-        rows.append(cells + [_cell(reports.get(variant), name) for variant in VARIANTS])
+        rows.append(cells + [_cell(reports.get(variant, {"missing": "not run"}), name) for variant in VARIANTS])
     return ["", "limit", *(TITLES[variant] for variant in VARIANTS)], rows
 
 
-def _cell(report: dict[str, Any] | None, workload: str) -> str:
-    if report is None:
-        return "failed"
+def _cell(report: dict[str, Any], workload: str) -> str:
     if "missing" in report:
         return str(report["missing"])
     figure = report["workloads"][workload]

@@ -3,6 +3,8 @@
 The graphs themselves need a GPU (tests/gpu); here a capture is the work itself, which replays by running again.
 """
 
+import gc
+import weakref
 from collections import deque
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import torch
 from infer.cache import pages
 from infer.cache.blocks import BlockPool
 from infer.config import EngineConfig
-from infer.engine.batch import PROMPT_LOGPROBS, SAMPLE, Batch
+from infer.engine.batch import NEW, PROMPT_LOGPROBS, SAMPLE, Batch, NewSequence
 from infer.engine.graphs import bucket_sizes, is_decode_only, why_off
 from infer.engine.inputs import PinnedRing, Shape, on_device, on_host, pad
 from infer.engine.runner import Runner
@@ -39,6 +41,7 @@ class Recorder:
 
     def __init__(self, fails_at: int = 0):
         self.replays: list[int] = []  # of each capture
+        self.resets: list[int] = []  # captures
         self._fails_at = fails_at  # the capture that finds no memory, counted from 1
 
     def __call__(self, work):
@@ -51,7 +54,7 @@ class Recorder:
             self.replays[index] += 1
             work()
 
-        return replay
+        return SimpleNamespace(replay=replay, reset=lambda: self.resets.append(index))
 
 
 class Links:
@@ -70,7 +73,7 @@ class Links:
         )
 
 
-def make_runners(pp, capture):
+def make_runners(pp, capture, tp_size=1):
     links, runners = Links(pp), []
     for pp_rank, layers in enumerate(balanced_layers(MODEL, pp)):
         first, last = pp_rank == 0, pp_rank == pp - 1
@@ -84,7 +87,7 @@ def make_runners(pp, capture):
         memory = pages.allocate(NUM_BLOCKS, BLOCK_SIZE, stage.kv_heads, MODEL.head_dim, len(layers), torch.float32, CPU)
         groups = SimpleNamespace(
             topology=SimpleNamespace(pp_size=pp), is_first_stage=first, is_last_stage=last, is_sampler=last,
-            pipe=links.pipe(pp_rank),
+            pipe=links.pipe(pp_rank), tp=SimpleNamespace(size=tp_size),
         )  # fmt: skip
         sampler = Sampler(alone(), stage.vocab_starts) if last else None
         runner = Runner(stage, memory, groups, sampler, NUM_BLOCKS, BLOCK_SIZE, CPU)
@@ -94,9 +97,12 @@ def make_runners(pp, capture):
     return runners
 
 
-def run_requests(requests, pp=1, capture=None, arrivals=None):
-    """request id -> [(token, its log-probability)]. arrivals: request id -> the step before which it comes."""
-    runners = make_runners(pp, capture)
+def run_requests(requests, pp=1, capture=None, arrivals=None, tp_size=1):
+    """request id -> [(token, its log-probability)]. arrivals: request id -> the step before which it comes.
+
+    tp_size: what the graphs are told of it. All runners are closed at the end.
+    """
+    runners = make_runners(pp, capture, tp_size)
     scheduler = Scheduler(
         BlockPool(NUM_BLOCKS, BLOCK_SIZE), max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=64, pp_size=pp,
@@ -122,6 +128,8 @@ def run_requests(requests, pp=1, capture=None, arrivals=None):
             ]
         step += 1
     scheduler.check_idle()
+    for runner in runners:
+        runner.close()
     return found
 
 
@@ -161,6 +169,7 @@ def test_graphs_give_the_same_tokens(pp):
     capture = Recorder()
     assert_same(run_requests(requests, pp, capture, arrivals), expected)
     assert len(capture.replays) >= 3 * pp and sum(capture.replays) > 20 * pp
+    assert sorted(capture.resets) == list(range(len(capture.replays))), "every graph ends once, with its runner"
 
 
 def test_a_bucket_is_captured_on_its_second_use():
@@ -179,6 +188,51 @@ def test_without_memory_for_a_capture_the_bucket_runs_op_by_op(caplog):
     assert_same(run_requests(requests, capture=capture), run_requests(requests))
     assert capture.replays[0] == 0 and len(caplog.records) >= 1
     assert "no memory to capture the CUDA graph of" in caplog.text and "--gpu-memory-utilization" in caplog.text
+
+
+def test_without_memory_for_a_capture_of_several_ranks_the_step_fails():
+    """The others may have captured theirs: one rank must not go its own way."""
+    with pytest.raises(RuntimeError, match=r"CUDA graph of 1 sequences: .*--enforce-eager needs none"):
+        run_requests(make_requests(1), capture=Recorder(fails_at=1), tp_size=2)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_the_stage_sees_the_same_kind_of_tensors_with_and_without_graphs(pp, monkeypatch):
+    """torch.compile compiles again for others, and counts the tensors of inference mode as a kind of their own."""
+    seen, forward = set(), Stage.forward
+
+    def watched(stage, x, context):
+        tensors = (x, context.positions, context.slots, context.block_table, context.query_start, context.seq_lens)
+        seen.add(tuple(tensor.is_inference() for tensor in tensors))
+        return forward(stage, x, context)
+
+    monkeypatch.setattr(Stage, "forward", watched)
+    for capture in (None, Recorder()):
+        run_requests(make_requests(2, max_tokens=4), pp, capture)
+        assert seen == {(True,) * 6}
+
+
+def test_a_closed_runner_holds_neither_weights_nor_pages():
+    """Though it lives on itself, as `Built` and what a user keeps of an engine let it."""
+    capture = Recorder()
+    (runner,) = make_runners(1, capture)
+    held = [weakref.ref(x) for x in (runner.stage, runner.stage.norm.weight, runner.pages.k[0], runner.pages.v[-1])]
+    runner.record()
+    runner.use_graphs(MAX_NUM_SEQS, MAX_MODEL_LEN, capture)
+    for step in range(3):
+        first = int(step == 0)  # which brings the sequence and its block
+        rows = np.array([[0, step, 1, SAMPLE | NEW * first, 1, first]], dtype=np.int32)
+        token, blocks, freed = (np.zeros(length, dtype=np.int32) for length in (1, first, 0))
+        new = [NewSequence(SamplingParams(temperature=0.0), 0, 0, 1, [])] * first
+        runner.run(Batch(step, rows, token, blocks, freed, new))
+    assert capture.replays == [2]
+    gc.disable()  # nothing is to wait for it
+    try:
+        runner.close()
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()
+    assert runner.busy_seconds > 0
 
 
 def test_prompt_logprobs_go_op_by_op():

@@ -55,7 +55,7 @@ def test_the_binding_states_the_schemas_of_ops():
     }
     assert defined == ops.CUDA_SCHEMAS
     bound = set(re.findall(r'm\.impl\("(\w+)"', binding))
-    on_cpu_alone = {name for name in ops.SCHEMAS if name.startswith("packed_")}
+    on_cpu_alone = {"packed_linear", "packed_rows", "argmax_rows", "largest", "perturbed_max"}
     assert bound == (ops.SCHEMAS.keys() - on_cpu_alone) | ops.CUDA_SCHEMAS.keys()
 
 
@@ -124,20 +124,54 @@ def attend(prefill: ops_cuda.Prefill, case: dict, even_groups: bool) -> Tensor:
     )
 
 
+KEY_BYTES = 2 * 16 * 2  # of a key and a value of one head, in 16 bits
+
+
 @pytest.mark.parametrize("window", [0, 1, 7, 64])
 @pytest.mark.parametrize(
     ("kv_map", "even_groups"),
     [([0], True), ([0, 0, 1, 1], True), ([0, 0, 1, 1], False), ([0, 0, 0, 1, 1], False), ([0, 1, 1, 1, 2], False)],
 )
-@pytest.mark.parametrize("gather_bytes", [1, 2 * 2 * 225 * 16 * 2, 1 << 28])  # one head at a time, two, all
+# Sequence by sequence and head by head; some sequences at a time; two heads at a time; all at once.
+@pytest.mark.parametrize("gather_bytes", [1, 150 * KEY_BYTES, 2 * 225 * KEY_BYTES, 1 << 28])
 def test_prefill_equals_the_reference(kv_map, even_groups, window, gather_bytes, on_cpu, monkeypatch):
     monkeypatch.setattr(ops_cuda, "GATHER_BYTES", gather_bytes)
     case = attention_case(MIXED, kv_map, window=window, dtype=torch.bfloat16)
     case["q"] = torch.cat((case["q"], torch.ones(3, len(kv_map), 16, dtype=torch.bfloat16)))  # rows of no sequence
     num_keys = sum(keys for rows, keys in MIXED if rows > 1)
     for prefill in (plan(case), plan(case, 40, 300, num_keys), plan(case, 1000, 1000, num_keys)):
-        assert prefill.num_keys == num_keys
+        assert sum(run.num_keys for run in prefill.runs) == num_keys
         close(attend(prefill, case, even_groups), ops.paged_attention_reference(**case))
+
+
+def test_sequences_take_turns_where_their_keys_are_too_many(on_cpu, monkeypatch):
+    """Gathered keys stay within the bound, except for a sequence that is longer by itself."""
+    lengths = [(2, 30), (1, 90), (2, 70), (3, 60), (2, 200), (1, 8), (1, 9), (4, 100)]
+    case = attention_case(lengths, [0], dtype=torch.bfloat16)
+    monkeypatch.setattr(ops_cuda, "GATHER_BYTES", 100 * KEY_BYTES)
+    gathered = []
+
+    def watched(q, k, v, *rest, **more):
+        gathered.append((len(q), len(k)))
+        return varlen(q, k, v, *rest, **more)
+
+    monkeypatch.setattr(ops_cuda, "_flash_attention", lambda device: watched)
+    close(attend(plan(case), case, even_groups=True), ops.paged_attention_reference(**case))
+    assert gathered == [(5, 100), (3, 60), (2, 200), (6, 100)]
+
+
+def test_the_room_for_gathered_keys_is_what_a_trial_leaves(on_cpu, monkeypatch):
+    monkeypatch.setattr(ops_cuda, "GATHER_BYTES", 100 * KEY_BYTES)
+    pages = torch.zeros(1, 16, 3, 16, dtype=torch.bfloat16)
+
+    def room(num_keys, max_model_len=64, pages=pages):
+        return ops_cuda.gather_room(pages, num_keys=num_keys, max_model_len=max_model_len) / KEY_BYTES
+
+    assert room(10) == 100 - 3 * 10  # all heads at once
+    assert room(45) == 100 - 2 * 45  # two and one
+    assert room(100) == room(1000) == 0
+    assert room(100, max_model_len=250) == 150  # a cached prompt of this length, one head at a time
+    assert room(10, pages=pages.float()) == 0, "the decode kernel gathers nothing"
 
 
 def test_one_plan_serves_layers_of_any_window(on_cpu):
@@ -152,7 +186,8 @@ def test_one_plan_serves_layers_of_any_window(on_cpu):
 def test_prefill_does_not_touch_keys_that_no_row_sees(on_cpu):
     case = attention_case([(3, 90), (2, 2)], [0], window=5, dtype=torch.bfloat16, block_size=16)
     assert int(case["block_table"][0, 0]) == 2**30  # a block that is gone
-    slots = plan(case).slots(5)
+    prefill = plan(case)
+    slots = prefill.slots(prefill.runs[0], 5)
     first_seen = 90 - 3 - 5 + 1
     assert len(slots) == 92 and slots[:first_seen].unique().numel() == 1 and slots[0] == slots[first_seen]
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infer import ops
+from infer.noise import counters, log_exponential
 
 needs_native = pytest.mark.skipif(not ops._native_loaded(), reason="the native kernels are not built")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -155,6 +156,163 @@ def test_rotary_reference_is_a_complex_product():
     turned = torch.complex(raw[..., :4], raw[..., 4:8]) * turn
     close(q, torch.cat((turned.real, turned.imag, raw[..., 8:]), dim=-1))
     assert torch.equal(case["v_pages"].flatten(0, 1)[case["slots"]], case["qkv"].view(5, 5, 10)[:, 4:])
+
+
+# ----------------------------------------------------------------------------------------------------- sampling
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request):
+    """With more threads than rows, a row is cut into parts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def same_best(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """Columns, and values to the last bit."""
+    assert actual[0].dtype == torch.float32 and actual[1].dtype == torch.int64
+    assert actual[1].tolist() == expected[1].tolist()
+    assert torch.equal(actual[0].nan_to_num(nan=-1.0, posinf=INF), expected[0].nan_to_num(nan=-1.0, posinf=INF))
+    assert torch.equal(actual[0].isnan(), expected[0].isnan())
+
+
+def with_broken_rows(logits: Tensor) -> Tensor:
+    """[7, width]: NaN and infinities, early, late and together, and what is no more than low."""
+    logits[0, [3, -2]] = NAN
+    logits[1, [-1, 5]] = INF
+    logits[2, 2], logits[2, -1] = INF, NAN
+    logits[3] = -INF
+    logits[4, :-1] = -INF
+    logits[5] = torch.finfo(logits.dtype).min
+    logits[6, :-3] = torch.finfo(logits.dtype).min
+    return logits
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (4, 3), (1, 17), (3, 1024), (5, 3001), (2, 200_003)])
+def test_argmax_rows_equals_its_reference(shape, dtype, threads):
+    torch.manual_seed(0)
+    spread, tied = torch.randn(shape).to(dtype), torch.randint(-3, 3, shape).to(dtype)
+    for logits in (spread, tied, tied.flip(0)[:, shape[1] // 2 :]):
+        same_best(ops.argmax_rows(logits), ops.argmax_rows_reference(logits))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [9, 1500, 200_003])
+def test_argmax_rows_at_the_ends(width, dtype, threads):
+    logits = with_broken_rows(torch.randn(7, width).to(dtype))
+    same_best(ops.argmax_rows(logits), ops.argmax_rows_reference(logits))
+    for row in logits.split(1):
+        same_best(ops.argmax_rows(row), ops.argmax_rows_reference(row))
+
+
+def race_case(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Temperatures and keys of some rows."""
+    generator = torch.Generator().manual_seed(seed)
+    temperatures = torch.tensor([1.1e-5, 0.2, 0.7, 1.0, 1.3, 5.0, 100.0])[torch.arange(rows) % 7]
+    return temperatures, torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 0.3, 3.0, 30.0, 1e6])
+@pytest.mark.parametrize(
+    ("rows", "width", "start"), [(0, 5, 0), (300, 1, 7), (300, 45, 3), (70, 2100, 0), (2, 60_001, 90)]
+)
+def test_perturbed_max_equals_its_reference(rows, width, start, scale, dtype, threads):
+    logits = (torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) * scale).to(dtype)
+    args = (*race_case(rows, width), start)
+    same_best(ops.perturbed_max(logits, *args), ops.perturbed_max_reference(logits, *args))
+    args = (args[0][::2].contiguous(), args[1][::2].contiguous(), start)
+    same_best(ops.perturbed_max(logits[::2], *args), ops.perturbed_max_reference(logits[::2], *args))
+
+
+@needs_native
+def test_perturbed_max_equals_its_reference_where_rounding_decides(threads):
+    """Logits that undo the noise: all scores are equal but for their last bits."""
+    temperatures, keys = race_case(40, 0)
+    states = counters(torch.arange(3000)) + keys[:, None]
+    noise = log_exponential(states, torch.empty_like(states), torch.empty(states.shape))
+    for offset in (0.1, 17.0, -300.0):
+        logits = temperatures[:, None] * noise + offset
+        args = (logits, temperatures, keys, 0)
+        same_best(ops.perturbed_max(*args), ops.perturbed_max_reference(*args))
+        assert len(ops.perturbed_max_reference(*args)[1].unique()) > 3, "rounding decides nothing"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [9, 1500, 30_000])
+def test_perturbed_max_at_the_ends(width, dtype, threads):
+    logits = with_broken_rows(torch.randn(7, width).to(dtype))
+    temperatures, keys = race_case(7, 4)
+    args = (logits, temperatures, keys, 0)
+    same_best(ops.perturbed_max(*args), ops.perturbed_max_reference(*args))
+    for i, row in enumerate(logits.split(1)):
+        args = (row, temperatures[i : i + 1], keys[i : i + 1], 0)
+        same_best(ops.perturbed_max(*args), ops.perturbed_max_reference(*args))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("key", "low", "high"), [(0x31628AF67B2131AB, -3.6, -2.9), (2**64 - 0x9E3779B97F4A7C15, 30.0, 36.6)]
+)
+def test_perturbed_max_at_the_ends_of_the_uniform(key, low, high):
+    """Token 0's random bits are all ones, where float32 moves its noise from -3.6 to -2.8, or all zeros."""
+    keys = torch.tensor([key])
+    other = ops.perturbed_max_reference(torch.zeros(1, 1), torch.ones(1), keys, 1)[0].item()
+    for between in torch.linspace(low, high, 9).tolist():
+        args = (torch.tensor([[0.0, between - other]]), torch.ones(1), keys, 0)
+        assert ops.perturbed_max_reference(*args)[1].tolist() == [0], "token 0 has won by its noise"
+        same_best(ops.perturbed_max(*args), ops.perturbed_max_reference(*args))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 5), (4, 3), (1, 17), (3, 1024), (2, 5001), (40, 700)])
+def test_largest_equals_its_reference(shape, dtype, threads):
+    torch.manual_seed(0)
+    spread, tied = torch.randn(shape).to(dtype), torch.randint(-3, 3, shape).to(dtype)
+    tied[:, ::7] = -0.0  # equals 0
+    for logits in (spread, tied, spread.sort(-1).values, tied.sort(-1, descending=True).values[::2]):
+        for k in (1, 2, 16, 50, 256, 4096):
+            values, columns = ops.largest(logits, k)
+            expected_values, expected_columns = ops.largest_reference(logits, k)
+            assert torch.equal(columns, expected_columns) and torch.equal(values, expected_values)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [9, 400, 3000])
+def test_largest_at_the_ends(width, dtype):
+    logits = with_broken_rows(torch.randn(7, width).to(dtype))
+    logits[0, width // 2 :] = NAN
+    for k in (1, 2, 3, 8, 100, 2000):
+        values, columns = ops.largest(logits, k)
+        expected_values, expected_columns = ops.largest_reference(logits, k)
+        torch.testing.assert_close(values, expected_values, atol=0, rtol=0, equal_nan=True)
+        assert torch.equal(columns[~values.isnan()], expected_columns[~values.isnan()])  # NaNs are in no order
+
+
+@needs_native
+def test_sampling_ops_name_what_is_wrong():
+    logits, temperatures, keys = torch.zeros(2, 4), torch.ones(2), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"argmax_rows: logits has shape \[2, 0\], must have a column"):
+        ops.argmax_rows(logits[:, :0])
+    with pytest.raises(ValueError, match="perturbed_max: the last dimension of logits has stride 2"):
+        ops.perturbed_max(logits[:, ::2], temperatures, keys, 0)
+    with pytest.raises(ValueError, match=r"perturbed_max: temperatures has shape \[1\], must have \[2\]"):
+        ops.perturbed_max(logits, temperatures[:1], keys, 0)
+    with pytest.raises(ValueError, match="perturbed_max: keys has dtype Int, must have Long"):
+        ops.perturbed_max(logits, temperatures, keys.int(), 0)
+    with pytest.raises(ValueError, match=r"largest: k is 0, must be in \[1, 4\]"):
+        ops.largest(logits, 0)
 
 
 # ---------------------------------------------------------------------------------------------- paged attention

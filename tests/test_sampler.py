@@ -12,9 +12,10 @@ import torch
 
 from infer.engine import draw as draw_module
 from infer.engine import sampler as sampler_module
-from infer.engine.draw import counters, largest, log_exponential, stream_key
 from infer.engine.logit_edits import TokenCounts
 from infer.engine.sampler import Sampler, SampleResult, SampleRow
+from infer.noise import counters, log_exponential, stream_key
+from infer.ops import largest
 from infer.parallel.groups import alone
 from infer.request import SamplingParams, TokenLogprobs
 

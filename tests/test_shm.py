@@ -1,16 +1,13 @@
 """Collectives through shared memory: real ranks in real processes, against sums that every rank can work out itself."""
 
-import json
+import functools
 import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from worlds import ROOT, SCRIPTS, free_port, one_at_a_time
+from plain_ranks import run_ranks
+from worlds import SCRIPTS
 
 from infer import ops
 from infer.parallel import shm
@@ -23,37 +20,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def run(tmp_path):
-    """run(scenario, ranks) -> (what each rank reports, by rank; what all wrote to standard error).
-
-    The ranks are plain processes, since torchrun would end the survivors before they have seen that a rank is gone.
-    killed: the ranks that end by SIGKILL; all others must end well. env: variables, a list having one value a rank.
-    """
-
-    def start(scenario, ranks, *, timeout=100, env=None, killed=()):
-        files_before = set(os.listdir("/dev/shm"))
-        command = [sys.executable, str(SCRIPTS / "collectives.py"), scenario, str(tmp_path)]
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        environ |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        deadline, processes = time.monotonic() + timeout, []
-        with one_at_a_time(), open(tmp_path / "stderr", "w+") as errors:
-            try:
-                for rank in range(ranks):
-                    environ["RANK"] = str(rank)
-                    for name, value in (env or {}).items():
-                        environ[name] = value[rank] if isinstance(value, list) else value
-                    processes.append(subprocess.Popen(command, env=environ, stderr=errors))
-                statuses = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.wait()
-                said = Path(tmp_path / "stderr").read_text()
-                print(said)  # pytest shows it where a test fails
-        assert statuses == [-signal.SIGKILL if rank in killed else 0 for rank in range(ranks)]
-        assert set(os.listdir("/dev/shm")) <= files_before
-        return {int(path.stem): json.loads(path.read_text()) for path in tmp_path.glob("*.json")}, said
-
-    return start
+    """run(scenario, ranks) -> (what each rank reports, by rank; what all wrote to standard error)."""
+    return functools.partial(run_ranks, SCRIPTS / "collectives.py", tmp_path)
 
 
 def test_sums_are_those_in_rank_order_bit_for_bit(run):
@@ -113,7 +81,7 @@ def test_different_calls_are_an_error_and_no_sum(run):
 @pytest.mark.parametrize(
     ("scenario", "env", "said"),
     [
-        ("plain", {"INFER_OPS": ["native", "reference"]}, "rank 1 cannot share memory, its sums go through gloo"),
+        ("plain", {"INFER_OPS": ["native", "reference"]}, "rank 1 cannot share memory, it uses gloo"),
         ("no_room", {}, "cannot make the memory that ranks share"),
         ("no_entry", {}, "cannot open the memory that ranks share"),
     ],
@@ -127,11 +95,16 @@ def test_without_shared_memory_all_ranks_use_gloo(run, scenario, env, said):
 # ------------------------------------------------------------------------------------- without other processes
 
 
-def open_alone(size=1, index=0, slot_bytes=64, fd=None, nonce=7):
-    handle = fd if fd is not None else shm._make_file(torch.ops.infer.shm_bytes(size, slot_bytes))
+def make_segment_file(size):
+    num_bytes = torch.ops.infer.shm_bytes(size, 64)
+    return shm.make_file(num_bytes, num_bytes)
+
+
+def open_alone(size=1, index=0, fd=None, nonce=7):
+    handle = fd if fd is not None else make_segment_file(size)
     try:
         pids = [os.getpid()] * size
-        return torch.ops.infer.shm_open(handle, index, list(range(size)), pids, [0] * size, nonce, slot_bytes, 1, 100)
+        return torch.ops.infer.shm_open(handle, index, list(range(size)), pids, [0] * size, nonce, 64, 1, 100)
     finally:
         if fd is None:
             os.close(handle)
@@ -157,7 +130,7 @@ def test_a_group_of_one_and_what_it_refuses():
 
 
 def test_only_the_agreed_segment_is_mapped():
-    fd = shm._make_file(torch.ops.infer.shm_bytes(2, 64))
+    fd = make_segment_file(2)
     try:
         with pytest.raises(RuntimeError, match="not the one that was agreed on"):
             open_alone(size=2, index=1, fd=fd)  # index 0 has not set it up

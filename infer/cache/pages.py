@@ -23,13 +23,14 @@ class Pages:
 
 
 def available_bytes(config: EngineConfig, device: torch.device, local_world_size: int, peak_bytes: int) -> int:
-    """Bytes this rank may use for its KV cache. peak_bytes: what a forward pass of a full batch takes beside (GPU)."""
+    """Bytes this rank may use for its KV cache. peak_bytes: what it takes beside weights and cache at most (GPU)."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         sharing = -(-local_world_size // torch.cuda.device_count())  # ranks on this GPU
-        return max(0, int(total * config.gpu_memory_utilization - (total - free) - peak_bytes) // sharing)
+        # What is in use now is that of all of them, the peak is this rank's own.
+        return max(0, int(total * config.gpu_memory_utilization - (total - free)) // sharing - peak_bytes)
     return int(host_available_bytes() * CPU_SHARE) // local_world_size
 
 

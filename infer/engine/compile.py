@@ -38,7 +38,7 @@ class _Running:
     context: ForwardContext | None = None
 
 
-_running = _Running()  # a process has one engine at a time
+_running = _Running()  # a process has one engine at a time; forget_stage puts it back
 
 
 def compile_stage(stage: Stage, tp: Group) -> Forward:
@@ -73,6 +73,13 @@ def compile_stage(stage: Stage, tp: Group) -> Forward:
         return output
 
     return forward
+
+
+def forget_stage() -> None:
+    """Lets go of the stage compiled last, if there is one, and of the batch that it ran last."""
+    if _running.attentions:
+        torch.compiler.reset()  # what was compiled refers to the weights
+        _running.tp, _running.attentions, _running.context = None, [], None
 
 
 def _with(module: nn.Module, **children: nn.Module) -> Any:

@@ -10,10 +10,11 @@ same ones, capture the same collectives at the same step without a word about it
 """
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -30,15 +31,28 @@ from infer.models.decoder import DecoderLayer, Stage
 
 logger = logging.getLogger(__name__)
 
-# Work without arguments or result: it reads and writes tensors that outlive it. Its capture does the same.
+# Work without arguments or result: it reads and writes tensors that outlive it.
 Work = Callable[[], None]
-Capture = Callable[[Work], Work]
+
+
+class Graph(Protocol):
+    """Captured work: the part of torch.cuda.CUDAGraph that is used here."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+Capture = Callable[[Work], Graph]
 
 FIRST_SIZES = (1, 2, 4)
 SIZE_STEP = 8
 
 # What the driver keeps of a graph, for each layer: about a dozen kernels with their arguments, on the safe side.
 GRAPH_BYTES_PER_LAYER = 512 << 10
+
+# What cuBLAS keeps for the stream of captures, on the safe side: torch gives it 32 MiB on the largest GPUs.
+WORKSPACE_BYTES = 64 << 20
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
@@ -75,13 +89,13 @@ def why_off(config: EngineConfig, stage: Stage, tp_size: int, local_world_size: 
 
 
 def reserved_bytes(config: EngineConfig, stage: Stage, dtype: torch.dtype, max_model_len: int) -> int:
-    """Device memory that DecodeGraphs takes in all, beside what one forward pass of the largest batch does."""
+    """Device memory that DecodeGraphs takes in all, beside the pool, which one pass of the largest batch needs."""
     largest, hidden_size = largest_batch(config), stage.config.hidden_size
     graphs = len(bucket_sizes(largest)) * stage.num_layers * GRAPH_BYTES_PER_LAYER
     table_width = -(-max_model_len // config.block_size)
     row = 0 if stage.is_first else hidden_size
     row += _output_size(stage) if stage.is_last else hidden_size * (config.pipeline_parallel_size + 2)
-    return graphs + largest * (row * dtype.itemsize + 4 * table_width)
+    return WORKSPACE_BYTES + graphs + largest * (row * dtype.itemsize + 4 * table_width)
 
 
 def _output_size(stage: Stage) -> int:
@@ -89,19 +103,53 @@ def _output_size(stage: Stage) -> int:
     return stage.vocab_range[1] - stage.vocab_range[0] if stage.is_last else stage.config.hidden_size
 
 
-def cuda_capture(device: torch.device) -> Capture:
-    """Captures work into CUDA graphs that share one pool of memory, which holds as much as the largest needs."""
-    pool = torch.cuda.graph_pool_handle()
+class CudaCapture:
+    """Captures work into CUDA graphs that share one pool of memory.
 
-    def capture(work: Work) -> Work:
+    A pool grows by what a capture does not find free in it, in pieces that later captures use only where they fit.
+    Small batches are captured before larger ones, whose tensors fit none of the pieces, and the pool would grow to the
+    sum of all. So the first capture takes as much as the largest work needs in one piece, which the others divide.
+    """
+
+    def __init__(self, device: torch.device, pool_bytes: int):
+        """pool_bytes: what the largest work takes at once."""
+        self._device, self._pool_bytes = device, pool_bytes
+        self._pool = torch.cuda.graph_pool_handle()
+        self._whole: Graph | None = None  # keeps the piece in the pool
+
+    def __call__(self, work: Work) -> Graph:
+        """Raises torch.OutOfMemoryError."""
+        if self._whole is None:
+            self._prepare_stream()
+            self._whole = self._capture(self._take_pool)
+        return self._capture(work)
+
+    def _prepare_stream(self) -> None:
+        """Lets cuBLAS have its workspace outside of the pool, whose memory it would keep when all graphs are gone."""
+        with torch.cuda.stream(_capture_stream(self._device)):
+            x = torch.ones(16, 16, device=self._device)
+            torch.mm(x, x)
+
+    def _capture(self, work: Work) -> Graph:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads of this process, NCCL's watchdog among them, may call CUDA meanwhile.
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        stream = _capture_stream(self._device)
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             work()
-        replay: Work = graph.replay
-        return replay
+        return graph
 
-    return capture
+    def _take_pool(self) -> None:
+        piece = torch.empty(self._pool_bytes, dtype=torch.uint8, device=self._device)
+        piece[:1].zero_()  # torch warns of a graph that does nothing
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the life of the process, as cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Bucket:
@@ -109,8 +157,9 @@ class Bucket:
 
     def __init__(self, size: int, inputs: Inputs[Tensor], work: Work):
         self.size, self.inputs, self.work = size, inputs, work
-        self.was_used = False
-        self.replay: Work | None = None
+        self.is_warm = False  # its ops have run one by one
+        self.found_no_memory = False  # for a graph, so that its ops go on so
+        self.graph: Graph | None = None
 
 
 class DecodeGraphs:
@@ -121,6 +170,8 @@ class DecodeGraphs:
     what the padding computes does not matter.
     """
 
+    # The buffers are made as a batch's tensors are, since torch.compile compiles again for tensors of the other kind.
+    @torch.inference_mode()
     def __init__(
         self,
         stage: Stage,
@@ -131,16 +182,17 @@ class DecodeGraphs:
         max_model_len: int,
         block_size: int,
         depth: int,
+        tp_size: int,
         capture: Capture,
     ):
-        """forward: the stage's. depth: batches in flight, at most. capture: work to its replay; see cuda_capture.
+        """forward: the stage's. depth: batches in flight, at most. capture: work to its graph; see CudaCapture.
 
         max_model_len decides the width of the block table that kernels see, and with it how they split their work:
         nothing that is captured may depend on the lengths of the moment.
         """
         device, dtype = pages.k[0].device, pages.k[0].dtype
         self._stage, self._forward, self._pages, self._capture = stage, forward, pages, capture
-        self._max_model_len, self._device = max_model_len, device
+        self._max_model_len, self._tp_size = max_model_len, tp_size
         self._sizes, self._buckets = bucket_sizes(max_num_seqs), dict[int, Bucket]()
 
         # The buckets share their buffers: batches run one after another.
@@ -167,7 +219,8 @@ class DecodeGraphs:
 
         inputs: the batch on the device, padded to its bucket, without sampled rows. x [num_seqs, hidden]: the previous
         stage's output; the first stage reads inputs.tokens. Returns the stage's output [num_seqs, hidden], or on the
-        last stage the logits [num_seqs, local vocabulary], valid until the next call.
+        last stage the logits [num_seqs, local vocabulary], valid until the next call. Raises RuntimeError where there
+        is no memory for a graph that holds collectives.
         """
         size = len(inputs.seq_lens)
         bucket = self._buckets.get(size) or self._make(size)
@@ -177,14 +230,21 @@ class DecodeGraphs:
         if not self._stage.is_first:
             self._hidden[:num_seqs].copy_(x)
 
-        if bucket.replay is not None:
-            bucket.replay()
-        elif bucket.was_used:
+        if bucket.graph is None and bucket.is_warm and not bucket.found_no_memory:
             self._capture_bucket(bucket)
+        if bucket.graph is not None:
+            bucket.graph.replay()
         else:
             bucket.work()
-            bucket.was_used = True
+            bucket.is_warm = True
         return self._result(num_seqs)
+
+    def close(self) -> None:
+        """Ends the graphs, none of which may be running. NCCL does not end a group whose operations a graph holds."""
+        for bucket in self._buckets.values():
+            if bucket.graph is not None:
+                bucket.graph.reset()
+        self._buckets.clear()
 
     def _result(self, num_seqs: int) -> Tensor:
         if self._stage.is_last:
@@ -218,17 +278,21 @@ class DecodeGraphs:
         return self._buckets[size]
 
     def _capture_bucket(self, bucket: Bucket) -> None:
+        """Gives the bucket its graph. Without memory for it: an error, or none where no other rank has a part in it."""
         started = time.perf_counter()
         try:
-            bucket.replay = self._capture(bucket.work)
+            bucket.graph = self._capture(bucket.work)
         except torch.OutOfMemoryError as error:
-            # Its ops are the same one by one, collectives included: other ranks need not know.
+            problem = f"no memory to capture the CUDA graph of {bucket.size} sequences"
+            if self._tp_size > 1:  # NCCL wants an operation captured by all of its ranks, or by none
+                raise RuntimeError(
+                    f"{problem}: a smaller --gpu-memory-utilization leaves more, --enforce-eager needs none"
+                ) from error
             logger.warning(
-                "no memory to capture the CUDA graph of %d sequences, such batches run op by op (a smaller "
-                "--gpu-memory-utilization leaves more): %s", bucket.size, str(error).splitlines()[0],
+                "%s, such batches run op by op (a smaller --gpu-memory-utilization leaves more): %s",
+                problem, str(error).splitlines()[0],
             )  # fmt: skip
-            bucket.replay = bucket.work
-        else:
-            seconds = time.perf_counter() - started
-            logger.info("captured the CUDA graph of %d sequences in %.2f s", bucket.size, seconds)
-        bucket.replay()
+            bucket.found_no_memory = True
+            return
+        seconds = time.perf_counter() - started
+        logger.info("captured the CUDA graph of %d sequences in %.2f s", bucket.size, seconds)

@@ -119,7 +119,9 @@ class Engine:
         self._clock = Clock()
         self._reported = 0.0
         # Set by an exception inside a step: the scheduler then counts on batches that never ran, so nothing may follow.
-        self.broken: BaseException | None = None
+        # Its words, for the exception itself refers to frames, and so to the tensors of the step.
+        self.broken: str | None = None
+        self._closed = False
         self._log = ThroughputLog(self.scheduler)
 
     # ------------------------------------------------------------------ requests
@@ -142,11 +144,11 @@ class Engine:
         Raises RankLost when another rank is gone. After any exception the engine is broken: it can only be closed.
         """
         if self.broken is not None:
-            raise RankLost(f"the engine stopped earlier ({self.broken!r}); close it and build another")
+            raise RankLost(f"the engine stopped earlier ({self.broken}); close it and build another")
         try:
             return self._step()
         except BaseException as error:
-            self.broken = error
+            self.broken = repr(error)
             raise
 
     def _step(self) -> list[Output]:
@@ -212,14 +214,21 @@ class Engine:
     # ------------------------------------------------------------------ end
 
     def close(self) -> None:
-        """Ends the engine on every rank; the followers wait for the next one.
+        """Ends the engine on every rank and gives its memory back; the followers wait for the next one.
 
         Raises RankLost for a broken engine over several ranks: they may be anywhere in the step that broke it.
         """
-        if self.broken is not None:
-            if self._world.size > 1:
-                raise RankLost(f"the engine stopped ({self.broken!r}), and with it the other ranks")
+        if self._closed:
             return
+        if self.broken is None:
+            self._drain()
+        elif self._world.size > 1:
+            raise RankLost(f"the engine stopped ({self.broken}), and with it the other ranks")
+        self.built.close()
+        self._closed = True
+
+    def _drain(self) -> None:
+        """Waits for the batches in flight, whose requests end, and tells the other ranks that no more will come."""
         for request_id in list(self.scheduler.unfinished()):
             self.scheduler.abort(request_id)
         while self.scheduler.num_in_flight:
@@ -227,7 +236,6 @@ class Engine:
         self._courier.send(Kind.CLOSE)
         if self._receiver.is_alive():
             self._receiver.join()
-        self.built.groups.close()
 
 
 class Follower:
@@ -305,7 +313,7 @@ class Follower:
     def _close(self) -> None:
         self._answer(Kind.CLOSE)
         if self._built is not None:
-            self._built.groups.close()
+            self._built.close()
             self._built = None
 
 

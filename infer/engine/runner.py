@@ -1,5 +1,6 @@
 """What every rank does with a batch: keep its mirror of the sequences, run its stage, sample on the last one."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from infer.engine.batch import (
     NewSequence,
     StepResult,
 )
-from infer.engine.compile import compile_stage
+from infer.engine.compile import compile_stage, forget_stage
 from infer.engine.graphs import Capture, DecodeGraphs
 from infer.engine.inputs import Inputs, Shape, Upload, pad
 from infer.engine.sampler import Sampler, SampleRow
@@ -108,7 +109,7 @@ class Runner:
     """One rank's part of every batch, in order.
 
     `receive(batch)` as soon as a batch is known (any thread; it posts the receive of its hidden states), then
-    `run(batch)`.
+    `run(batch)`. At the end, `close()`.
     """
 
     def __init__(self, stage: Stage, pages: Pages, groups: Groups, sampler: Sampler | None, num_blocks: int,
@@ -137,7 +138,7 @@ class Runner:
         self._graphs = DecodeGraphs(
             self.stage, self._forward, self.pages,
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=self.block_size,
-            depth=self.groups.topology.pp_size, capture=capture,
+            depth=self.groups.topology.pp_size, tp_size=self.groups.tp.size, capture=capture,
         )  # fmt: skip
 
     @property
@@ -165,8 +166,25 @@ class Runner:
             output = self._run_stage(prepared, x)
             if self.groups.is_last_stage:
                 return self._draw(prepared, output)
-            self.groups.pipe.send(output, batch.step)
-            return None
+        self.groups.pipe.send(output, batch.step)
+        return None
+
+    def close(self) -> None:
+        """Gives back the memory of weights, cache and graphs, once and for all; `busy_seconds` stays.
+
+        Every rank calls it, before its groups end.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the last graph may be running
+        if self._graphs is not None:
+            self._graphs.close()
+        forget_stage()
+        self._mirrors.clear()
+        self._arrivals.clear()
+        del self.stage, self.pages, self.sampler, self._forward, self._graphs, self._upload
+        if self.device.type == "cuda":
+            gc.collect()  # what was in cycles, before the allocator gives back what is free
+            torch.cuda.empty_cache()
 
     def _run_stage(self, prepared: Prepared, x: torch.Tensor) -> torch.Tensor:
         """The stage's output [T, hidden]; on the last stage, of a batch with a bucket, the logits of its rows."""

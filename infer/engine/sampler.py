@@ -7,8 +7,8 @@ for each from its parameters alone, so that the collectives match. The group's f
 - random with a small top_k: each rank's k largest logits;
 - all else (top_p or min_p without top_k, logprobs): the rows themselves.
 
-A token depends on its own row alone: not on other rows in the batch, not on how the vocabulary is split (see draw.py
-for the noise and for why sums and ties are safe).
+A token depends on its own row alone: not on other rows in the batch, not on how the vocabulary is split (see
+infer/noise.py for the noise, and draw.py for why sums and ties are safe).
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from infer.engine.draw import counters, draw, draw_from_rows, draws_of, in_order, largest, perturbed_max, stream_key
+from infer import ops
+from infer.engine.draw import draw, draw_from_rows, draws_of
 from infer.engine.logit_edits import SampleRow, edited_logits
+from infer.noise import stream_key
+from infer.ops_sampling import in_order
 from infer.parallel.groups import Group
 from infer.request import SamplingParams, TokenLogprobs
 
@@ -60,7 +63,6 @@ class Sampler:
         self.vocab_size = vocab_starts[-1]
         self.widths = [b - a for a, b in pairwise(vocab_starts)]
         self.start, self.width = vocab_starts[tp.index], self.widths[tp.index]
-        self._counters: dict[tuple[int, int, torch.device], Tensor] = {}
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: list[SampleRow]) -> SampleResult | None:
@@ -103,52 +105,28 @@ class Sampler:
 
     def _sample_best(self, logits: Tensor, rows: list[SampleRow]) -> Tensor | None:
         """Tokens of rows on the path BEST: int64 [rows] on the first rank."""
-        values, ids = self._best(logits, rows, self.start)
-        candidates = self._gather_candidates(values[:, None], ids[:, None], [1] * self.tp.size)
-        if candidates is None:
-            return None
-        # Shards stand in the order of their ids, and max finds the first of equals: the lowest id.
-        values, place = candidates[0].max(-1)
-        return candidates[1].gather(-1, place[:, None]).squeeze(-1).masked_fill_(~values.isfinite(), -1)
-
-    def _best(self, logits: Tensor, rows: list[SampleRow], start: int) -> tuple[Tensor, Tensor]:
-        """Each row's largest logit, perturbed where the row is random, among the token ids from `start` on.
-
-        Returns float32 [rows], int64 token ids [rows]. Only rows that are edited are copied.
-        """
-        values = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
-        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-        kinds: dict[tuple[bool, bool], list[int]] = {}
-        for i, row in enumerate(rows):
-            kinds.setdefault((row.params.greedy or row.params.top_k == 1, row.is_edited), []).append(i)
-        for (greedy, edited), indices in kinds.items():
-            part, chosen = _select(logits, indices), [rows[i] for i in indices]
-            if edited:
-                part = edited_logits(part, chosen, start)
-            best, columns = part.max(-1) if greedy else self._perturbed_max(part, chosen, start)
-            where = torch.tensor(indices, device=logits.device)
-            values[where], ids[where] = best.float(), columns + start
-        return values, ids
-
-    def _perturbed_max(self, logits: Tensor, rows: list[SampleRow], start: int) -> tuple[Tensor, Tensor]:
-        device, width = logits.device, logits.shape[-1]
-        if (start, width, device) not in self._counters:  # two at most: this rank's range and the whole
-            ids = torch.arange(start, start + width, device=device)
-            self._counters[start, width, device] = counters(ids)
-        temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=device)
-        keys = torch.tensor(_keys(rows), dtype=torch.int64, device=device)
-        return perturbed_max(logits, temperatures, keys, self._counters[start, width, device])
+        values, ids = _best(logits, rows, self.start)
+        if self.tp.size > 1:
+            candidates = self._gather_candidates(values[:, None], ids[:, None], [1] * self.tp.size)
+            if candidates is None:
+                return None
+            # Shards stand in the order of their ids, and max finds the first of equals: the lowest id.
+            values, place = candidates[0].max(-1)
+            ids = candidates[1].gather(-1, place[:, None]).squeeze(-1)
+        return ids.masked_fill_(~values.isfinite(), -1)
 
     def _sample_top_k(self, logits: Tensor, rows: list[SampleRow]) -> Tensor | None:
         """Tokens of rows on the path TOP_K: int64 [rows] on the first rank."""
         if any(row.is_edited for row in rows):
             logits = edited_logits(logits, rows, self.start)
         k = max(row.params.top_k for row in rows)
-        values, columns = largest(logits, k)
+        values, columns = ops.largest(logits, k)
         candidates = self._gather_candidates(values, columns + self.start, [min(k, width) for width in self.widths])
         if candidates is None:
             return None
-        values, ids = (tensor[:, :k] for tensor in in_order(*candidates))
+        values, ids = candidates
+        if self.tp.size > 1:
+            values, ids = (tensor[:, :k] for tensor in in_order(values, ids))
         draws = draws_of([row.params for row in rows], _keys(rows), self.vocab_size, logits.device)
         # The k largest hold every row's own top_k, so they are all there are, and no other mass is asked for.
         tokens, _ = draw(values, ids, draws, mass=torch.zeros_like(draws.top_p), whole=True)
@@ -185,7 +163,7 @@ class Sampler:
         best = [i for i, row in enumerate(rows) if _takes_best(row.params, self.vocab_size)]
         truncated = [i for i, row in enumerate(rows) if not _takes_best(row.params, self.vocab_size)]
         if best:
-            values, ids = self._best(_select(logits, best), [rows[i] for i in best], 0)
+            values, ids = _best(_select(logits, best), [rows[i] for i in best], 0)
             tokens[best] = ids.masked_fill_(~values.isfinite(), -1)
         if truncated:
             part, chosen = _select(logits, truncated), [rows[i] for i in truncated]
@@ -211,6 +189,35 @@ class Sampler:
         assert shape == (num_rows, self.width), f"logits are {shape}, not [{num_rows}, {self.width}]"
 
 
+def _best(logits: Tensor, rows: list[SampleRow], start: int) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit, perturbed where the row is random, among the token ids from `start` on.
+
+    Returns float32 [rows], int64 token ids [rows]. Only rows that are edited are copied.
+    """
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault((row.params.greedy or row.params.top_k == 1, row.is_edited), []).append(i)
+    found: list[tuple[Tensor, Tensor]] = []
+    for (greedy, edited), indices in kinds.items():
+        part, chosen = _select(logits, indices), [rows[i] for i in indices]
+        if edited:
+            part = edited_logits(part, chosen, start)
+        values, columns = ops.argmax_rows(part) if greedy else _perturbed_max(part, chosen, start)
+        found.append((values, columns.add_(start)))
+    if len(found) == 1:
+        return found[0]
+    # Found kind by kind: back into the rows' order.
+    order = [i for indices in kinds.values() for i in indices]
+    back = torch.tensor(order, device=logits.device).argsort()
+    return torch.cat([values for values, _ in found])[back], torch.cat([ids for _, ids in found])[back]
+
+
+def _perturbed_max(logits: Tensor, rows: list[SampleRow], start: int) -> tuple[Tensor, Tensor]:
+    temperatures = torch.tensor([row.params.temperature for row in rows], dtype=torch.float32, device=logits.device)
+    keys = torch.tensor(_keys(rows), dtype=torch.int64, device=logits.device)
+    return ops.perturbed_max(logits, temperatures, keys, start)
+
+
 def token_logprobs(logits: Tensor, targets: Tensor, k: list[int]) -> list[TokenLogprobs]:
     """Log-softmax of whole rows [rows, vocab] at one token each and at the row's k most likely ones.
 
@@ -224,7 +231,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, k: list[int]) -> list[TokenL
     at_target = logits.gather(-1, targets[:, None])
     lower = torch.arange(vocab_size, device=logits.device) < targets[:, None]
     ahead = ((logits > at_target) | ((logits == at_target) & lower)).sum(-1, dtype=torch.int32)
-    values, ids = largest(logits, max(k)) if max(k) > 0 else (at_target[:, :0], targets[:, None][:, :0])
+    values, ids = ops.largest(logits, max(k)) if max(k) > 0 else (at_target[:, :0], targets[:, None][:, :0])
 
     tokens = torch.cat([targets[:, None], ids], dim=-1).tolist()
     logprobs = (torch.cat([at_target, values], dim=-1) - log_total).tolist()

@@ -1,5 +1,6 @@
 """From a config to a stage that can run: named phases that all ranks pass together."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -12,10 +13,10 @@ from typing import TypeVar
 
 import torch
 
-from infer import launch
+from infer import launch, ops_cuda
 from infer.cache import pages
 from infer.config import EngineConfig
-from infer.engine.graphs import cuda_capture, largest_batch, reserved_bytes, why_off
+from infer.engine.graphs import CudaCapture, largest_batch, reserved_bytes, why_off
 from infer.engine.runner import Runner
 from infer.engine.sampler import Sampler
 from infer.layers.attention import ForwardContext
@@ -134,6 +135,19 @@ class Built:
     groups: Groups
     runner: Runner
 
+    def close(self) -> None:
+        """Ends this rank's part of the engine and gives its memory back. Every rank calls it."""
+        self.runner.close()  # first: NCCL does not end a group whose operations a graph holds
+        self.groups.close()
+
+
+@dataclass
+class Room:
+    """Bytes of a rank's device: for the KV cache, and for the memory pool of CUDA graphs, None where they are off."""
+
+    cache: int
+    graph_pool: int | None
+
 
 def build(world: World, config: EngineConfig, phases: Phases) -> Built:
     """Builds this rank's part of the engine. All ranks call it with the same config.
@@ -150,20 +164,24 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
         "connecting ranks", lambda: Groups(world, topology, timeout, share_memory=share_memory).warm_up(),
         collective=True,
     )
+    undo = contextlib.ExitStack()  # of what was made, last first
+    undo.callback(groups.close)
     try:
         stage = phases.run("loading weights", lambda: _load_stage(world, config, path, model_config, groups))
-        spare = phases.run(
+        room = phases.run(
             "measuring memory", lambda: _measure(world, config, model_config, stage, groups), collective=True
         )
-        num_blocks = _agree_on_blocks(config, groups, stage, spare, max_model_len)
+        num_blocks = _agree_on_blocks(config, groups, stage, room.cache, max_model_len)
         runner = phases.run(
             "allocating the KV cache", lambda: _make_runner(world, config, model_config, groups, stage, num_blocks)
         )
+        undo.callback(runner.close)
         phases.run(
-            "recording the stage", lambda: _choose_forward(world, config, runner, max_model_len), collective=True
-        )
+            "recording the stage", lambda: _choose_forward(config, runner, max_model_len, room.graph_pool),
+            collective=True,
+        )  # fmt: skip
     except ValueError as error:
-        groups.close()
+        undo.close()
         raise StartupError(str(error)) from None
     if world.rank == 0:
         _log_capacity(num_blocks * config.block_size, max_model_len)
@@ -181,21 +199,23 @@ def _make_runner(
     return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device)
 
 
-def _choose_forward(world: World, config: EngineConfig, runner: Runner, max_model_len: int) -> None:
+def _choose_forward(config: EngineConfig, runner: Runner, max_model_len: int, graph_pool: int | None) -> None:
     """How the runner runs its stage: recorded or compiled, and on a GPU as graphs where it can."""
     if config.compile:
         runner.compile()
     else:
         runner.record()
-    if reason := _why_no_graphs(world, config, runner.groups, runner.stage):
-        if world.device.type == "cuda":
-            logger.info("CUDA graphs are off: %s", reason)
-        return
-    runner.use_graphs(largest_batch(config), max_model_len, cuda_capture(world.device))
+    if graph_pool is not None:
+        runner.use_graphs(largest_batch(config), max_model_len, CudaCapture(runner.device, graph_pool))
 
 
-def _why_no_graphs(world: World, config: EngineConfig, groups: Groups, stage: Stage) -> str:
-    return why_off(config, stage, groups.topology.tp_size, world.env.local_world_size)
+def _agree_on_graphs(world: World, config: EngineConfig, groups: Groups, stage: Stage) -> bool:
+    """Whether batches that only decode run as CUDA graphs: on all ranks or on none, as they hold collectives."""
+    reason = why_off(config, stage, groups.topology.tp_size, world.env.local_world_size)
+    agreed = bool(groups.all.min(int(not reason)))
+    if not agreed and world.device.type == "cuda":
+        logger.info("CUDA graphs are off: %s", reason or "another rank cannot run them")
+    return agreed
 
 
 def check(config: EngineConfig, world_size: int, program: str) -> tuple[Path, ModelConfig]:
@@ -262,34 +282,42 @@ def _load_stage(
     return stage
 
 
-def _measure(world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage, groups: Groups) -> int:
-    """Bytes this rank can give to the KV cache."""
-    peak = 0
-    if world.device.type == "cuda" and config.kv_cache_memory_bytes is None and not config.num_gpu_blocks_override:
-        peak = _peak_bytes(world, config, model_config, stage, graphs=not _why_no_graphs(world, config, groups, stage))
-    return pages.available_bytes(config, world.device, world.env.local_world_size, peak)
+def _measure(world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage, groups: Groups) -> Room:
+    """What this rank has room for beside its weights, on a GPU by trying the largest batches."""
+    pool, peak = None, 0
+    has_graphs, max_model_len = _agree_on_graphs(world, config, groups, stage), model_config.max_position
+    if world.device.type == "cuda":
+        dtype = getattr(torch, model_config.dtype)
+        page = pages.allocate(
+            1, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers, dtype, world.device
+        )
+        if config.kv_cache_memory_bytes is None and not config.num_gpu_blocks_override:
+            peak = _peak_bytes(config, stage, page, max_model_len)
+        if has_graphs:  # what they use is theirs alone
+            pool = _graph_pool_bytes(config, stage, page, max_model_len)
+            peak += pool + reserved_bytes(config, stage, dtype, max_model_len)
+        # Else what the trials left in the allocator's hands would count twice, that of ranks that share the GPU too.
+        torch.cuda.empty_cache()
+        groups.all.min(0)
+    return Room(pages.available_bytes(config, world.device, world.env.local_world_size, peak), pool)
 
 
-def _peak_bytes(
-    world: World, config: EngineConfig, model_config: ModelConfig, stage: Stage, *, graphs: bool
-) -> int:
-    """What a rank takes on the GPU beside weights and cache, by trying the largest batches.
+def _peak_bytes(config: EngineConfig, stage: Stage, page: pages.Pages, max_model_len: int) -> int:
+    """What a forward pass takes at most beside weights and cache: of a prompt alone, or of one beside decoding ones."""
+    rows, width = config.max_num_batched_tokens, -(-max_model_len // config.block_size)
+    sampled = min(config.max_num_seqs, rows)
+    mixed = [rows - sampled + 1] + [1] * (sampled - 1)
+    contexts = (_trial_context(page, counts, width, max(rows, max_model_len)) for counts in ([rows], mixed))
+    # Here every prompt's keys are in the batch; with cached ones, there may be more to gather.
+    room = ops_cuda.gather_room(page.k[0], num_keys=mixed[0], max_model_len=max_model_len)
+    return room + max(_trial_bytes(stage, context, sampled) for context in contexts)
 
-    graphs: the memory that graphs use is theirs alone, and comes on top.
-    """
-    device, size, max_model_len = world.device, config.block_size, model_config.max_position
-    dtype = getattr(torch, model_config.dtype)
-    page = pages.allocate(1, size, stage.kv_heads, model_config.head_dim, stage.num_layers, dtype, device)
-    rows = config.max_num_batched_tokens
-    prompt = _trial_context(page, [rows], -(-rows // size), rows)
-    peak = _trial_bytes(stage, prompt, min(config.max_num_seqs, rows))
-    if graphs:
-        largest, width = largest_batch(config), -(-max_model_len // size)
-        peak += _trial_bytes(stage, _trial_context(page, [1] * largest, width, max_model_len), largest)
-        peak += reserved_bytes(config, stage, dtype, max_model_len)
-    # Else what the trial left in the allocator's hands would count twice.
-    torch.cuda.empty_cache()
-    return peak
+
+def _graph_pool_bytes(config: EngineConfig, stage: Stage, page: pages.Pages, max_model_len: int) -> int:
+    """What the largest batch that only decodes takes as a graph; tokens are drawn outside of it."""
+    largest, width = largest_batch(config), -(-max_model_len // config.block_size)
+    context = _trial_context(page, [1] * largest, width, max_model_len)
+    return _trial_bytes(stage, context, largest, draws=False)
 
 
 def _trial_context(page: pages.Pages, counts: list[int], table_width: int, max_seq_len: int) -> ForwardContext:
@@ -311,8 +339,8 @@ def _trial_context(page: pages.Pages, counts: list[int], table_width: int, max_s
 
 
 @torch.inference_mode()
-def _trial_bytes(stage: Stage, context: ForwardContext, num_sampled: int) -> int:
-    """The most that a forward pass takes at once on the GPU, with the draw of so many tokens after it."""
+def _trial_bytes(stage: Stage, context: ForwardContext, num_sampled: int, *, draws: bool = True) -> int:
+    """The most that a forward pass takes at once on the GPU, with the logits of so many rows, and with their draw."""
     device, rows = context.positions.device, len(context.positions)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -322,7 +350,9 @@ def _trial_bytes(stage: Stage, context: ForwardContext, num_sampled: int) -> int
         x = torch.zeros(rows, stage.config.hidden_size, dtype=context.k_pages[0].dtype, device=device)
     hidden = stage(x, context)
     if stage.is_last:
-        stage.logits(hidden[:num_sampled]).float().softmax(-1)
+        logits = stage.logits(hidden[:num_sampled])
+        if draws:
+            logits.float().softmax(-1)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 

@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from infer.launch import RankEnv
-from infer.parallel import shm
+from infer.parallel import hosts, shm, shm_pipe
+from infer.parallel.hosts import AcrossHosts
+from infer.parallel.shm import SharedMemory
+from infer.parallel.shm_pipe import SharedPipe
 from infer.parallel.topology import Topology
 
 # Idle followers sit in the world group's broadcast for as long as nobody asks anything; rank 0 sends an empty message
@@ -27,12 +30,13 @@ class Group:
     """The collectives of a few ranks. `index` is this rank's place among `ranks`."""
 
     def __init__(self, ranks: list[int], rank: int, group: dist.ProcessGroup | None, staged: bool = False,
-                 shared: shm.SharedMemory | None = None):  # fmt: skip
+                 shared: SharedMemory | AcrossHosts | None = None):  # fmt: skip
         self.ranks, self.size = ranks, len(ranks)
         self.index = ranks.index(rank)
         self._group = group
         self._staged = staged  # gloo moves host memory: CUDA tensors go through a copy
-        self._shared = shared  # CPU ranks of one host have a faster way than gloo
+        self._shared = shared  # CPU ranks that share a host have a faster way than gloo
+        self._one_host = shared if isinstance(shared, SharedMemory) else None
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the group, in place where possible; use the returned tensor."""
@@ -57,8 +61,8 @@ class Group:
         if self.size == 1:
             return tensor
         widths = widths or [tensor.shape[-1]] * self.size
-        if self._shared is not None:
-            return self._shared.gather(tensor, widths)
+        if self._one_host is not None:
+            return self._one_host.gather(tensor, widths)
         width = max(widths)
         part = tensor.cpu() if self._staged else tensor
         if part.shape[-1] < width:
@@ -95,24 +99,29 @@ class Pipe:
 
     With gloo a receive can be posted as soon as its batch is known, and a send returns at once: a thread waits for the
     receiver, because gloo completes a send only when the other side has posted its receive. With NCCL both are queued
-    on the device's stream by the calling thread: a posted NCCL receive would occupy the device.
+    on the device's stream by the calling thread: a posted NCCL receive would occupy the device. Through shared memory
+    a send is a copy, and nothing needs to be posted; one side may have it and the other not.
     """
 
     def __init__(self, previous: int | None, following: int | None, group: dist.ProcessGroup | None, backend: str,
-                 device: torch.device):  # fmt: skip
+                 device: torch.device, inlet: SharedPipe | None = None, outlet: SharedPipe | None = None):  # fmt: skip
         self.previous, self.following = previous, following
+        self._inlet, self._outlet = inlet, outlet
         self._group, self._device, self._nccl = group, device, backend == "nccl"
         self._where = device if self._nccl else torch.device("cpu")
         self._outbox: queue.SimpleQueue[tuple[torch.Tensor, int] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._sender = threading.Thread(target=self._send_all, name="pipe-sender", daemon=True)
-        if following is not None and not self._nccl:
+        if following is not None and outlet is None and not self._nccl:
             self._sender.start()
 
     def post_receive(self, shape: tuple[int, ...], dtype: torch.dtype, step: int) -> Callable[[], torch.Tensor]:
         """Posts the receive of one batch; the returned function waits for it and gives the tensor."""
         if self._nccl:
             return lambda: self._receive_now(shape, dtype)
+        if self._inlet is not None:
+            inlet = self._inlet  # for the type checker: not None
+            return lambda: inlet.receive(shape, dtype, step)
         tensor = torch.empty(shape, dtype=dtype)
         work = dist.irecv(tensor, src=self.previous, group=self._group, tag=step % _TAGS)
         assert work is not None, "this rank belongs to the group"
@@ -135,6 +144,8 @@ class Pipe:
         tensor = tensor.to(self._where).contiguous()
         if self._nccl:
             dist.send(tensor, dst=self.following, group=self._group)
+        elif self._outlet is not None:
+            self._outlet.send(tensor, step)
         else:
             self._outbox.put((tensor, step % _TAGS))
 
@@ -150,6 +161,9 @@ class Pipe:
         if self._sender.is_alive():
             self._outbox.put(None)
             self._sender.join()
+        for end in (self._inlet, self._outlet):
+            if end is not None:
+                end.close()
 
 
 class Frames:
@@ -238,7 +252,7 @@ class World:
 class Groups:
     """The groups of one engine. Built by all ranks together, in the same order.
 
-    share_memory: tensor-parallel CPU ranks of one host exchange tensors through shared memory rather than gloo.
+    share_memory: CPU ranks of one host exchange tensors through shared memory rather than gloo.
     """
 
     def __init__(self, world: World, topology: Topology, timeout_seconds: int, *, share_memory: bool = True):
@@ -264,26 +278,49 @@ class Groups:
         tokens = make([0, topology.sampler_rank] if topology.sampler_rank else [0], "gloo")
         everyone = list(range(topology.world_size))
 
-        all_group, tp_group = make(everyone, "gloo"), tp_groups[self.pp_rank]
+        all_group, tp_group, pp_group = make(everyone, "gloo"), tp_groups[self.pp_rank], pp_groups[self.tp_rank]
         tp_ranks = topology.tp_ranks(self.pp_rank)
-        shared = None
-        if share_memory and world.device.type == "cpu" and tp_group is not None and all_group is not None:
-            shared = shm.connect(tp_group, tp_ranks, shm.introduce(all_group), self.tp_rank, timeout_seconds)
+        pp_ranks = [topology.rank(pp, self.tp_rank) for pp in range(topology.pp_size)]
+        shared, inlet, outlet = None, None, None
+        if share_memory and world.device.type == "cpu" and all_group is not None:
+            said = shm.introduce(all_group)
+            shared = self._share_sums(tp_group, said, timeout_seconds, make)
+            if pp_group is not None:
+                # At most pp_size batches are in flight; one slot more, so that a sender never comes close to waiting.
+                inlet, outlet = shm_pipe.connect(
+                    pp_group, pp_ranks, said, self.pp_rank, timeout_seconds, num_slots=topology.pp_size + 1
+                )
 
         self.tp = Group(tp_ranks, world.rank, tp_group, staged, shared)
         self.all = Group(everyone, world.rank, all_group)
         self.pipe = Pipe(
-            None if self.is_first_stage else topology.rank(self.pp_rank - 1, self.tp_rank),
-            None if self.is_last_stage else topology.rank(self.pp_rank + 1, self.tp_rank),
-            pp_groups[self.tp_rank],
+            None if self.is_first_stage else pp_ranks[self.pp_rank - 1],
+            None if self.is_last_stage else pp_ranks[self.pp_rank + 1],
+            pp_group,
             backend,
             world.device,
+            inlet,
+            outlet,
         )
         self.results: Frames | None = None
         if tokens is not None and self.is_sampler:
             self.results = Frames(lambda frame: dist.send(frame, dst=0, group=tokens))
         elif tokens is not None and world.rank == 0:
             self.results = Frames(lambda frame: _receive(frame, topology.sampler_rank, tokens))
+
+    def _share_sums(
+        self, tp_group: dist.ProcessGroup | None, said: list[shm.Introduction], timeout_seconds: int,
+        make: Callable[[list[int]], dist.ProcessGroup | None],
+    ) -> SharedMemory | AcrossHosts | None:  # fmt: skip
+        """How this rank's tensor-parallel group sums through shared memory; None if it does not."""
+        stages = [self.topology.tp_ranks(pp) for pp in range(self.topology.pp_size)]
+        plans = [hosts.plan(ranks, said, self.world.rank, make) for ranks in stages]  # every rank plans every stage
+        if tp_group is None:
+            return None
+        ranks, levels = stages[self.pp_rank], plans[self.pp_rank]
+        if levels is None:
+            return shm.connect(tp_group, ranks, said, self.tp_rank, timeout_seconds)
+        return hosts.connect(levels, tp_group, ranks, said, self.tp_rank, timeout_seconds)
 
     def warm_up(self) -> "Groups":
         """One small exchange over every group, so that a connection that cannot be made shows here, by name."""

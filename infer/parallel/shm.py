@@ -33,7 +33,18 @@ SCHEMAS = {
     ),
     "shm_close": "(int group) -> ()",
     "shm_all_reduce": "(int group, Tensor(a!) x) -> ()",
+    "shm_broadcast": "(int group, Tensor(a!) x) -> ()",
     "shm_gather": "(int group, Tensor x, int[] widths) -> Tensor",
+}
+PIPE_SCHEMAS = {  # shm_pipe.py's
+    "shm_pipe_bytes": "(int num_slots, int slot_bytes) -> int",
+    "shm_pipe_open": (
+        "(int fd, int index, int[] ranks, int[] pids, int[] start_times, int nonce, int num_slots, int slot_bytes, "
+        "int spin_us, int timeout_ms) -> int"
+    ),
+    "shm_pipe_close": "(int pipe) -> ()",
+    "shm_send": "(int pipe, Tensor x, int step) -> ()",
+    "shm_receive": "(int pipe, Tensor(a!) x, int step) -> ()",
 }
 SUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,6 +90,10 @@ class SharedMemory:
         """
         torch.ops.infer.shm_all_reduce.default(self._handle, tensor)
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replaces a contiguous tensor by the first rank's."""
+        torch.ops.infer.shm_broadcast.default(self._handle, tensor)
+
     def gather(self, tensor: Tensor, widths: Sequence[int]) -> Tensor | None:
         """The ranks' tensors [rows, widths[i]] of any dtype side by side on the first rank; None on the others."""
         whole = torch.ops.infer.shm_gather.default(self._handle, tensor.contiguous(), widths)
@@ -99,7 +114,7 @@ def introduce(group: dist.ProcessGroup) -> list[Introduction]:
     dist.all_gather(heard, told, group=group)
     said = [Introduction(*values.tolist()) for values in heard]
     if problem and all(other.usable for other in said[: group.rank()]):  # one rank speaks for all
-        logger.warning("rank %d cannot share memory, its sums go through gloo: %s", group.rank(), problem)
+        logger.warning("rank %d cannot share memory, it uses gloo: %s", group.rank(), problem)
     return said
 
 
@@ -107,7 +122,7 @@ def _problem() -> str:
     """What keeps this process from sharing memory, or an empty string."""
     if not hasattr(os, "memfd_create"):
         return "the system has no anonymous files (memfd_create)"
-    if problem := ops.native_problem(SCHEMAS):
+    if problem := ops.native_problem(SCHEMAS | PIPE_SCHEMAS):
         return problem
     try:
         _host()
@@ -159,8 +174,7 @@ def connect(
         if index == 0:
             logger.info("ranks %s are on several hosts: their sums go through gloo", ", ".join(map(str, ranks)))
         return None
-    spin_us = CROWDED_SPIN_US if _is_crowded(members[index], world) else SPIN_US
-    settings = slot_bytes, spin_us, int(1000 * timeout_seconds)
+    settings = slot_bytes, spin_us(members[index], world), int(1000 * timeout_seconds)
     pids, start_times = [member.pid for member in members], [member.start_time for member in members]
 
     def open_segment(fd: int, nonce: int) -> int:
@@ -178,6 +192,11 @@ def connect(
     return None
 
 
+def spin_us(mine: Introduction, world: list[Introduction]) -> int:
+    """The longest time that this rank should spin before it sleeps."""
+    return CROWDED_SPIN_US if _is_crowded(mine, world) else SPIN_US
+
+
 def _is_crowded(mine: Introduction, world: list[Introduction]) -> bool:
     """Whether the ranks that may run on this rank's cores have more threads than these cores."""
     same = [other for other in world if (other.host, other.core_set) == (mine.host, mine.core_set)]
@@ -189,13 +208,13 @@ def _make_segment(
 ) -> tuple[int | None, int]:
     """On the first rank: makes the segment and lets the others have it. Its handle, and how many have it open."""
     size, nonce, handle = torch.ops.infer.shm_bytes.default(group.size(), slot_bytes), secrets.randbits(62), None
-    fd = _try("make", lambda: _make_file(size))
+    fd = attempt("make", lambda: make_file(size, size))
     try:
         if fd is not None:
-            handle = _try("map", lambda: open_segment(fd, nonce))  # it is set up before the others look at it
+            handle = attempt("map", lambda: open_segment(fd, nonce))  # it is set up before the others look at it
         told = torch.tensor([os.getpid(), fd if handle is not None else -1, nonce])
         dist.broadcast(told, group=group, group_src=0)
-        return handle, _count(group, handle is not None)  # the others have come through our file by then
+        return handle, count(group, handle is not None)  # the others have come through our file by then
     finally:
         if fd is not None:
             os.close(fd)
@@ -205,34 +224,40 @@ def _join_segment(
     group: dist.ProcessGroup, open_segment: Callable[[int, int], int], slot_bytes: int
 ) -> tuple[int | None, int]:
     """On the other ranks: opens what the first rank has made. Its handle, and how many have it open."""
-    told, handle = torch.zeros(3, dtype=torch.int64), None
+    told = torch.zeros(3, dtype=torch.int64)
     dist.broadcast(told, group=group, group_src=0)
     pid, number, nonce = told.tolist()
-    if number >= 0:
-        fd = _try("open", lambda: os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
-        if fd is not None:
-            try:
-                handle = _try("map", lambda: open_segment(fd, nonce))
-            finally:
-                os.close(fd)
-    return handle, _count(group, handle is not None)
+    handle = open_file_of(pid, number, lambda fd: open_segment(fd, nonce)) if number >= 0 else None
+    return handle, count(group, handle is not None)
 
 
-def _count(group: dist.ProcessGroup, mine: bool) -> int:
+def open_file_of(pid: int, number: int, use: Callable[[int], int]) -> int | None:
+    """use(the file that another process knows as `number`); None, as attempt, where that cannot be."""
+    fd = attempt("open", lambda: os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
+    if fd is None:
+        return None
+    try:
+        return attempt("map", lambda: use(fd))
+    finally:
+        os.close(fd)
+
+
+def count(group: dist.ProcessGroup, mine: bool) -> int:
     """On how many ranks this is so."""
-    count = torch.tensor([int(mine)])
-    dist.all_reduce(count, group=group)
-    return int(count.item())
+    number = torch.tensor([int(mine)])
+    dist.all_reduce(number, group=group)
+    return int(number.item())
 
 
-def _make_file(size: int) -> int:
-    """An anonymous file of `size` zeros whose memory is there already. Raises OSError."""
+def make_file(size: int, reserved: int) -> int:
+    """An anonymous file of `size` zeros; the memory of the first `reserved` is there already. Raises OSError."""
     import fcntl  # not on every system
 
-    fd = os.memfd_create("infer-collectives", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create("infer-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Without memory behind it, or cut short by somebody, the first touch would be a SIGBUS.
-        os.posix_fallocate(fd, 0, size)
+        os.ftruncate(fd, size)
+        os.posix_fallocate(fd, 0, min(size, reserved))  # which would make it longer, too
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError:
         os.close(fd)
@@ -240,10 +265,10 @@ def _make_file(size: int) -> int:
     return fd
 
 
-def _try(verb: str, attempt: Callable[[], int]) -> int | None:
-    """The attempt's value; None, and a line in the log, where this process may not or cannot have the memory."""
+def attempt(verb: str, what: Callable[[], int]) -> int | None:
+    """what(); None, and a line in the log, where this process may not or cannot have the memory."""
     try:
-        return attempt()
+        return what()
     except (OSError, RuntimeError) as error:
         logger.warning("cannot %s the memory that ranks share: %s", verb, error)
         return None

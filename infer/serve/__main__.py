@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("infer.serve")
 
-PORT_RETRY_SECONDS = 15.0  # after a restart: how long the port may still be held by our previous frontend
+PORT_WAIT_SECONDS = 15.0  # after a restart: how long the port may still be held by our previous frontend
 FRONTEND_RESTARTS = 3  # in a row, each within a minute of the last
 
 
@@ -58,7 +58,8 @@ def follow(env: launch.RankEnv) -> None:
     """Any rank but 0. Rank 0 reads the command line for all of them."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         sys.exit(0)
-    from infer.process import Process
+    with launch.lasting_imports():
+        from infer.process import Process
 
     Process.join(env)
 
@@ -94,26 +95,35 @@ class Server:
         """Everything up to a ready engine. Raises ValueError for what the user can mend.
 
         All that can be wrong with what the user gave, the port too, is found before anything is loaded; the ranks are
-        joined before that, because fetching a model may take longer than they would wait unjoined.
+        joined before that, because fetching a model may take longer than they would wait unjoined. The frontend starts
+        while this process imports torch, unless its files are still to be fetched.
         """
-        self._timeline.begin("importing")
-        from infer.engine.loop import Engine
-        from infer.engine.startup import check
-        from infer.hub import served_name
+        from infer.hub import existing_directory, served_name
         from infer.models.source import tokenizer_path
         from infer.parallel.topology import Topology
-        from infer.process import Process
 
         config, program = self._config, f"-m infer.serve {shlex.join(sys.argv[1:])}"
         Topology.resolve(self._env.world_size, config.tensor_parallel_size, config.pipeline_parallel_size, program)
+        self._name = self._server.served_model_name or served_name(config.model)
+        model_path = existing_directory(config.model)
+        tokenizer_directory = existing_directory(config.tokenizer or config.model)
+        if model_path and tokenizer_directory:
+            self._paths = model_path, tokenizer_directory
+            self._spawn_frontend()
+        self._timeline.begin("importing")
+        with launch.lasting_imports():
+            from infer.engine.loop import Engine
+            from infer.engine.startup import check
+            from infer.process import Process
+
         self._timeline.begin("joining the world")
         process = Process.join(self._env)
         self._timeline.begin("checking the model")
         model_path, _ = check(config, self._env.world_size, program)
         self._paths = model_path, tokenizer_path(config, model_path)
-        self._name = self._server.served_model_name or served_name(config.model)
         self._timeline.begin("starting the frontend")
-        self._handle = self._start_frontend()
+        if self._handle is None:
+            self._spawn_frontend()
         self._connect()
         engine = Engine(
             process.world,
@@ -179,23 +189,19 @@ class Server:
 
     # ------------------------------------------------------------------ the frontend
 
-    def _start_frontend(self) -> "FrontendHandle":
-        from infer.serve.link import start_frontend
+    def _spawn_frontend(self) -> None:
+        from infer.serve.link import spawn_frontend
 
         self._frontend_starts.append(time.monotonic())
-        deadline = time.monotonic() + (PORT_RETRY_SECONDS if self._env.restart_count else 0.0)
-        while True:
-            try:
-                return start_frontend(self._server, *self._paths, self._name)
-            except ValueError as error:
-                if "is taken" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+        port_wait = PORT_WAIT_SECONDS if self._env.restart_count else 0.0
+        self._handle = spawn_frontend(self._server, *self._paths, self._name, port_wait)
 
     def _connect(self) -> None:
+        """Waits for the frontend and connects to it. Raises ValueError where it cannot start."""
         from infer.serve.link import EngineLink
 
         assert self._handle is not None
+        self._handle.wait_ready()
         self._link = EngineLink.connect(self._handle.socket_path, self._inbox.put)
 
     def _say_hello(self, engine: "Engine") -> None:
@@ -225,7 +231,7 @@ class Server:
         recent = [at for at in self._frontend_starts if time.monotonic() - at < 60.0]
         if len(recent) > FRONTEND_RESTARTS:
             raise RuntimeError(f"the frontend process ended {len(recent)} times within a minute; giving up")
-        self._handle = self._start_frontend()
+        self._spawn_frontend()
         self._connect()
         self._say_hello(engine)
 

@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from infer.serve.text import Tokenizer
 
 KEEPALIVE_S = 30.0  # also the longest wait for a request's headers
 DRAIN_S = 3.0  # for open replies to get their error event out
+PORT_POLL_S = 0.1
 BACKLOG = 2048
 _CONNECTION: dict[str, Any] = {"keepalive_timeout": KEEPALIVE_S, "access_log": None, "auto_decompress": False}
 
@@ -58,10 +60,14 @@ class JsonErrors(web.RequestHandler):
         return response
 
 
+class PortTaken(ValueError):
+    """Another process listens there."""
+
+
 def listen(host: str, port: int) -> list[socket.socket]:
     """Listening sockets on every address of `host` (port 0: any free one, the same on all).
 
-    Raises ValueError that names the address and what would work.
+    Raises ValueError that names the address and what would work; PortTaken where only the port is in the way.
     """
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -82,19 +88,19 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except (OSError, OverflowError) as error:
         for listener in sockets:
             listener.close()
-        raise ValueError(_bind_error(error, host, port)) from None
+        raise _bind_error(error, host, port) from None
     return sockets
 
 
-def _bind_error(error: Exception, host: str, port: int) -> str:
+def _bind_error(error: Exception, host: str, port: int) -> ValueError:
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.EADDRINUSE:
-        return f"port {port} on {host} is taken; choose another with --port"
+        return PortTaken(f"port {port} on {host} is taken; choose another with --port")
     if number == errno.EACCES:
-        return f"port {port} on {host} needs privileges; choose one from 1024 with --port"
+        return ValueError(f"port {port} on {host} needs privileges; choose one from 1024 with --port")
     if number == errno.EADDRNOTAVAIL:
-        return f"{host} is no address of this machine; choose another with --host"
-    return f"cannot listen on {host} port {port}: {error}; choose others with --host and --port"
+        return ValueError(f"{host} is no address of this machine; choose another with --host")
+    return ValueError(f"cannot listen on {host} port {port}: {error}; choose others with --host and --port")
 
 
 class Frontend:
@@ -140,7 +146,7 @@ class Frontend:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, f"the server was told to end ({number.name})", 0)
         self._watch_engine(loop)
-        sockets = listen(self._args.host, self._args.port)
+        sockets = await self._listen()
         # From here on a client may connect, and gets its answer once the process is ready.
         tokenizer = Tokenizer.load(self._args.tokenizer_path)
         engine_server = await asyncio.start_unix_server(self._client.serve, path=self._socket_path, limit=1 << 20)
@@ -152,6 +158,19 @@ class Frontend:
         connection = functools.partial(JsonErrors, web_server, loop=loop, **_CONNECTION)
         servers = [await loop.create_server(connection, sock=listener) for listener in sockets]
         return api, runner, servers, engine_server
+
+    async def _listen(self) -> list[socket.socket]:
+        """Listening sockets. A port that is taken may become free within --port-wait: after a restart, the frontend of
+        the ranks before is about to end. Raises ValueError.
+        """
+        deadline = time.monotonic() + self._args.port_wait
+        while True:
+            try:
+                return listen(self._args.host, self._args.port)
+            except PortTaken:
+                if self._ending.is_set() or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(PORT_POLL_S)
 
     def _end(self, reason: str, status: int) -> None:
         """The first reason counts."""
@@ -222,6 +241,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer-path", required=True, help="directory with tokenizer.json")
     parser.add_argument("--served-model-name", required=True, help="name clients use")
     parser.add_argument("--max-logprobs", required=True, type=int, help="largest logprobs a request may ask for")
+    parser.add_argument("--port-wait", type=float, default=0.0, help="seconds to wait for a port that is taken")
     parser.add_argument("--engine-pid", required=True, type=int, help="process to end with")
     parser.add_argument("--report-fd", type=int, help="pipe for one line: ready, or why not")
     return parser.parse_args(argv)

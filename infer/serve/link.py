@@ -280,10 +280,15 @@ class Ready(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class FrontendHandle:
-    """The frontend process as its parent sees it. socket_path: where EngineLink connects. port: where HTTP listens."""
+    """The frontend process as its parent sees it. socket_path: where EngineLink connects, once the process is ready.
 
-    def __init__(self, process: subprocess.Popen[bytes], socket_path: Path, port: int) -> None:
+    port: where HTTP listens; with port 0 known once it is ready.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], socket_path: Path, port: int, report_fd: int) -> None:
         self._process = process
+        self._report = os.fdopen(report_fd, "rb")
+        self._was_ready = False
         self.socket_path = socket_path
         self.port = port
 
@@ -291,30 +296,59 @@ class FrontendHandle:
     def pid(self) -> int:
         return self._process.pid
 
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Waits, once, until it has bound its port and read the tokenizer.
+
+        Raises ValueError with its one-line reason when it cannot start, and has ended it then: port taken, no such
+        address, tokenizer missing or corrupt.
+        """
+        try:
+            with self._report as pipe:
+                ready = _await_report(pipe.fileno(), self._process, timeout_s)
+            if ready.error is not None:
+                raise ValueError(ready.error)
+        except BaseException:
+            self.stop(timeout=2.0)
+            raise
+        self.port, self._was_ready = ready.port, True
+
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
         return self._process.poll()
 
     def stop(self, timeout: float = 10.0) -> int:
-        """Asks it to end, kills it after `timeout` seconds, and returns its exit status. May be called twice."""
+        """Asks it to end, kills it after `timeout` seconds, and returns its exit status. May be called twice.
+
+        One that nobody has waited for has no clients yet, and nothing to say: it is killed at once.
+        """
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGTERM if self._was_ready else signal.SIGKILL)
         try:
             status = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
+        self._report.close()
         remove_socket(self.socket_path)  # the process does this itself unless it was killed
         return status
 
 
 def start_frontend(
-    server: ServerConfig, model_path: Path, tokenizer_path: Path, served_name: str, timeout_s: float = 60.0
+    server: ServerConfig, model_path: Path, tokenizer_path: Path, served_name: str
 ) -> FrontendHandle:
-    """Starts the frontend in a session of its own and waits until it has bound its port and read the tokenizer.
+    """Starts the frontend and waits until it is ready. Raises ValueError as spawn_frontend and wait_ready do."""
+    handle = spawn_frontend(server, model_path, tokenizer_path, served_name)
+    handle.wait_ready()
+    return handle
 
-    The frontend ends by itself when the calling process does. Raises ValueError with its one-line reason when it cannot
-    start: port taken, no such address, tokenizer missing or corrupt.
+
+def spawn_frontend(
+    server: ServerConfig, model_path: Path, tokenizer_path: Path, served_name: str, port_wait_s: float = 0.0
+) -> FrontendHandle:
+    """Starts the frontend in a session of its own; `wait_ready` says how that went.
+
+    port_wait_s: how long it waits for its port where another process still has it. The frontend ends by itself when the
+    calling process does. Raises ValueError where no process can be started.
     """
     socket_path = _private_directory() / SOCKET_NAME
     report, report_for_child = os.pipe()
@@ -322,7 +356,7 @@ def start_frontend(
         sys.executable, "-m", "infer.serve.frontend",
         "--host", server.host, "--port", str(server.port), "--socket", str(socket_path),
         "--model-path", str(model_path), "--tokenizer-path", str(tokenizer_path), "--served-model-name", served_name,
-        "--max-logprobs", str(server.max_logprobs),
+        "--max-logprobs", str(server.max_logprobs), "--port-wait", str(port_wait_s),
         "--engine-pid", str(os.getpid()), "--report-fd", str(report_for_child),
     ]  # fmt: skip
     try:
@@ -336,17 +370,7 @@ def start_frontend(
         raise ValueError(f"cannot start the frontend process: {error}") from None
     finally:
         os.close(report_for_child)
-    handle = FrontendHandle(process, socket_path, server.port)
-    try:
-        with os.fdopen(report, "rb") as pipe:
-            ready = _await_report(pipe.fileno(), process, timeout_s)
-        if ready.error is not None:
-            raise ValueError(ready.error)
-    except BaseException:
-        handle.stop(timeout=2.0)
-        raise
-    handle.port = ready.port
-    return handle
+    return FrontendHandle(process, socket_path, server.port, report)
 
 
 def _private_directory() -> Path:

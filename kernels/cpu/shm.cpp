@@ -1,15 +1,14 @@
-// Collectives of CPU ranks on one host through a shared segment: shm_all_reduce and shm_gather. Linux only.
+// Collectives of CPU ranks on one host through a shared segment: shm_all_reduce, shm_broadcast and shm_gather. Linux only.
 #if defined(__linux__)
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 #include <memory>
-#include <mutex>
+#include <utility>
 #include <vector>
 
-#include "common.h"
-#include "shm_segment.h"
+#include "shm_collectives.h"
+#include "shm_handles.h"
 
 namespace infer {
 struct Fp16 {
@@ -23,61 +22,39 @@ struct Fp16 {
 namespace infer::shm {
 namespace {
 
-constexpr uint32_t kind_all_reduce = 1, kind_gather = 2;
 constexpr int64_t grain_bytes = 128 << 10;  // worth a thread of its own
 // Above this many bytes each of three or more ranks adds up a share for all, instead of everything for itself.
 constexpr int64_t shared_sum_bytes = 32 << 10;
 
-// ---- the segments of this process, by handle
+Handles<Collectives> groups("group");
 
-std::mutex segments_mutex;
-std::map<int64_t, std::shared_ptr<Segment>> segments;
-int64_t last_handle = 0;
-
-std::shared_ptr<Segment> segment_of(int64_t handle) {
-  const std::lock_guard lock(segments_mutex);
-  const auto found = segments.find(handle);
-  TORCH_CHECK_VALUE(found != segments.end(), "shm: there is no group ", handle, ", or it is closed");
-  return found->second;
-}
-
-int64_t segment_bytes(int64_t size, int64_t slot_bytes) {
+int64_t group_bytes(int64_t size, int64_t slot_bytes) {
   TORCH_CHECK_VALUE(size >= 1, "shm_bytes: size is ", size, ", must be at least 1");
   TORCH_CHECK_VALUE(slot_bytes >= 64 && slot_bytes % 64 == 0, "shm_bytes: slot_bytes is ", slot_bytes,
                     ", must be a positive multiple of 64");
-  return static_cast<int64_t>(Segment::bytes(size, slot_bytes));
+  return static_cast<int64_t>(Collectives::bytes(size, Collectives::slots_a_rank * size, slot_bytes));
 }
 
-int64_t open_segment(int64_t fd, int64_t index, at::IntArrayRef ranks, at::IntArrayRef pids,
-                     at::IntArrayRef start_times, int64_t nonce, int64_t slot_bytes, int64_t spin_us,
-                     int64_t timeout_ms) {
+int64_t open_group(int64_t fd, int64_t index, at::IntArrayRef ranks, at::IntArrayRef pids, at::IntArrayRef start_times,
+                   int64_t nonce, int64_t slot_bytes, int64_t spin_us, int64_t timeout_ms) {
   const int64_t size = static_cast<int64_t>(ranks.size());
-  segment_bytes(size, slot_bytes);  // checks
-  TORCH_CHECK_VALUE(pids.size() == ranks.size() && start_times.size() == ranks.size(), "shm_open: ", size, " ranks, ",
-                    pids.size(), " pids and ", start_times.size(), " start times, must be one each");
-  TORCH_CHECK_VALUE(0 <= index && index < size, "shm_open: index is ", index, ", must be in [0, ", size, ")");
-  std::vector<Peer> peers;
-  for (int64_t i = 0; i < size; ++i) {
-    peers.push_back({ranks[i], static_cast<pid_t>(pids[i]), static_cast<uint64_t>(start_times[i])});
-  }
-  const Options options{index, static_cast<uint64_t>(nonce), slot_bytes, std::chrono::microseconds(spin_us),
+  group_bytes(size, slot_bytes);  // checks
+  auto peers = peers_of("shm_open", index, ranks, pids, start_times);
+  const Options options{index,
+                        static_cast<uint64_t>(nonce),
+                        Collectives::slots_a_rank * size,
+                        slot_bytes,
+                        /*touch_all=*/true,
+                        std::chrono::microseconds(spin_us),
                         std::chrono::milliseconds(timeout_ms)};
-  auto segment = std::make_shared<Segment>(static_cast<int>(fd), std::move(peers), options);
-  const std::lock_guard lock(segments_mutex);
-  segments[++last_handle] = std::move(segment);
-  return last_handle;
-}
-
-void close_segment(int64_t handle) {
-  const std::lock_guard lock(segments_mutex);
-  TORCH_CHECK_VALUE(segments.erase(handle) == 1, "shm_close: there is no group ", handle, ", or it is closed");
+  return groups.add(std::make_shared<Collectives>(static_cast<int>(fd), std::move(peers), options));
 }
 
 // ---- all-reduce
 
 template <class T>
 struct Summer {
-  Segment& segment;
+  Collectives& segment;
   decltype(INFER_SELECT(sum_in_order<T>)) sum = INFER_SELECT(sum_in_order<T>);
 
   T* slot(int64_t index) const { return reinterpret_cast<T*>(segment.slot(index)); }
@@ -121,7 +98,7 @@ struct Summer {
 };
 
 template <class T>
-void sum_chunks(Segment& segment, at::ScalarType dtype, T* x, int64_t n) {
+void sum_chunks(Collectives& segment, at::ScalarType dtype, T* x, int64_t n) {
   const Summer<T> summer{segment};
   const int64_t most = segment.slot_bytes() / static_cast<int64_t>(sizeof(T));
   for (int64_t first = 0; first < n; first += most) {
@@ -138,7 +115,7 @@ void sum_chunks(Segment& segment, at::ScalarType dtype, T* x, int64_t n) {
 void all_reduce(int64_t handle, at::Tensor& x) {
   TORCH_CHECK_VALUE(x.device().is_cpu(), "shm_all_reduce: x is on ", x.device(), ", must be on the CPU");
   TORCH_CHECK_VALUE(x.is_contiguous(), "shm_all_reduce: x has strides ", x.strides(), ", must be contiguous");
-  const auto segment = segment_of(handle);
+  const auto segment = groups.at(handle);
   switch (x.scalar_type()) {
     case at::kFloat:
       return sum_chunks(*segment, x.scalar_type(), mutable_data<float>(x), x.numel());
@@ -148,6 +125,26 @@ void all_reduce(int64_t handle, at::Tensor& x) {
       return sum_chunks(*segment, x.scalar_type(), mutable_data<Fp16>(x), x.numel());
     default:
       TORCH_CHECK_VALUE(false, "shm_all_reduce: dtype is ", x.scalar_type(), ", must be Float, BFloat16 or Half");
+  }
+}
+
+// ---- broadcast
+
+// The first rank's bytes to all. Everyone posts, as in every call, but only the first is waited for.
+void broadcast(int64_t handle, at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.device().is_cpu(), "shm_broadcast: x is on ", x.device(), ", must be on the CPU");
+  TORCH_CHECK_VALUE(x.is_contiguous(), "shm_broadcast: x has strides ", x.strides(), ", must be contiguous");
+  const auto segment = groups.at(handle);
+  const auto length = static_cast<int64_t>(x.nbytes());
+  auto* data = static_cast<std::byte*>(x.mutable_data_ptr());
+  for (int64_t first = 0; first < length; first += segment->slot_bytes()) {
+    const int64_t count = std::min(segment->slot_bytes(), length - first);
+    segment->begin({kind_broadcast, static_cast<uint32_t>(x.scalar_type()), static_cast<uint64_t>(length)});
+    if (segment->index() == 0) std::memcpy(segment->slot(0), data + first, count);
+    segment->post();
+    if (segment->index() == 0) continue;
+    segment->wait_for_post_of(0);
+    std::memcpy(data + first, segment->slot(0), count);
   }
 }
 
@@ -164,7 +161,7 @@ void scatter_rows(const std::byte* from, std::byte* out, int64_t width, int64_t 
 }
 
 at::Tensor gather(int64_t handle, const at::Tensor& x, at::IntArrayRef widths) {
-  const auto segment = segment_of(handle);
+  const auto segment = groups.at(handle);
   const int64_t size = segment->size(), mine = segment->index();
   check_dim("shm_gather", "x", x, 2);
   TORCH_CHECK_VALUE(static_cast<int64_t>(widths.size()) == size, "shm_gather: ", widths.size(), " widths for ", size,
@@ -202,18 +199,20 @@ at::Tensor gather(int64_t handle, const at::Tensor& x, at::IntArrayRef widths) {
 }  // namespace infer::shm
 
 TORCH_LIBRARY_FRAGMENT(infer, m) {
-  m.def("shm_bytes(int size, int slot_bytes) -> int", &infer::shm::segment_bytes);
+  m.def("shm_bytes(int size, int slot_bytes) -> int", &infer::shm::group_bytes);
   m.def(
       "shm_open(int fd, int index, int[] ranks, int[] pids, int[] start_times, int nonce, int slot_bytes, "
       "int spin_us, int timeout_ms) -> int",
-      &infer::shm::open_segment);
-  m.def("shm_close(int group) -> ()", &infer::shm::close_segment);
+      &infer::shm::open_group);
+  m.def("shm_close(int group) -> ()", [](int64_t handle) { infer::shm::groups.remove(handle); });
   m.def("shm_all_reduce(int group, Tensor(a!) x) -> ()");
+  m.def("shm_broadcast(int group, Tensor(a!) x) -> ()");
   m.def("shm_gather(int group, Tensor x, int[] widths) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(infer, CPU, m) {
   m.impl("shm_all_reduce", &infer::shm::all_reduce);
+  m.impl("shm_broadcast", &infer::shm::broadcast);
   m.impl("shm_gather", &infer::shm::gather);
 }
 

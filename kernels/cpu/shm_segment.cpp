@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -23,7 +24,7 @@
 namespace infer::shm {
 namespace {
 
-constexpr uint64_t layout_magic = 0x696e6665722d3031;  // "infer-01"
+constexpr uint64_t layout_magic = 0x696e6665722d3032;  // "infer-02"
 constexpr nanoseconds check_interval = std::chrono::seconds(1);
 constexpr nanoseconds shortest_spin = std::chrono::microseconds(2);
 constexpr int yields = 2;
@@ -50,35 +51,38 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-std::string words(const Call& call) {
-  const char* kinds[] = {"nothing", "all_reduce", "gather"};
-  return std::string(call.kind < 3 ? kinds[call.kind] : "an unknown call") + " of " + std::to_string(call.bytes) +
-         " bytes (dtype " + std::to_string(call.dtype) + ")";
-}
-
 }  // namespace
 
-size_t Segment::bytes(int64_t size, int64_t slot_bytes) {
-  return sizeof(Header) + size * sizeof(Member) + 2 * size * slot_bytes;
+size_t Segment::bytes(int64_t size, int64_t num_slots, int64_t slot_bytes) {
+  return sizeof(Header) + size * sizeof(Member) + num_slots * slot_bytes;
+}
+
+std::string Segment::words(const Call& call) {
+  const char* kinds[] = {"nothing", "all_reduce", "gather", "broadcast", "hand-over"};
+  return std::string(call.kind < std::size(kinds) ? kinds[call.kind] : "an unknown call") + " of " +
+         std::to_string(call.bytes) + " bytes (dtype " + std::to_string(call.dtype) + ")";
 }
 
 Segment::Segment(int fd, std::vector<Peer> peers, const Options& options)
     : peers_(std::move(peers)), options_(options), spin_(options.spin) {
-  const size_t length = bytes(size(), slot_bytes());
+  const size_t length = bytes(size(), num_slots(), slot_bytes());
   struct stat status;
   if (fstat(fd, &status) != 0) throw std::runtime_error(std::string("fstat: ") + std::strerror(errno));
   if (static_cast<size_t>(status.st_size) != length) {  // reading past the end of a file would be a SIGBUS
     throw std::runtime_error("the segment has " + std::to_string(status.st_size) + " bytes, not " +
                              std::to_string(length));
   }
-  void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+  const int flags = MAP_SHARED | (options.touch_all ? MAP_POPULATE : 0);
+  void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, flags, fd, 0);
   if (mapped == MAP_FAILED) throw std::runtime_error(std::string("mmap: ") + std::strerror(errno));
   base_ = static_cast<std::byte*>(mapped);
   Header& head = header();
   if (index() == 0) {
-    new (&head) Header{layout_magic, options_.nonce, peers_.size(), static_cast<uint64_t>(slot_bytes()), {0}};
+    new (&head) Header{layout_magic, options_.nonce, peers_.size(), static_cast<uint64_t>(num_slots()),
+                       static_cast<uint64_t>(slot_bytes()), {0}};
     for (int64_t i = 0; i < size(); ++i) new (&member(i)) Member{};
   } else if (head.magic != layout_magic || head.nonce != options_.nonce || head.size != peers_.size() ||
+             head.num_slots != static_cast<uint64_t>(num_slots()) ||
              head.slot_bytes != static_cast<uint64_t>(slot_bytes())) {
     munmap(base_, length);
     throw std::runtime_error("the segment is not the one that was agreed on");
@@ -88,20 +92,7 @@ Segment::Segment(int fd, std::vector<Peer> peers, const Options& options)
 Segment::~Segment() {
   member(index()).left.store(1, std::memory_order_release);
   futex_wake_all(member(index()).posted);
-  munmap(base_, bytes(size(), slot_bytes()));
-}
-
-void Segment::begin(const Call& call) {
-  previous_ = first_;
-  first_ = phase_ + 1;
-  buffer_ ^= 1;
-  call_ = call;
-  for (int64_t i = 0; i < size(); ++i) wait_for(i, previous_);
-  member(index()).calls[buffer_] = call;
-}
-
-std::byte* Segment::slot(int64_t index) const {
-  return base_ + sizeof(Header) + size() * sizeof(Member) + (2 * index + buffer_) * slot_bytes();
+  munmap(base_, bytes(size(), num_slots(), slot_bytes()));
 }
 
 void Segment::post() {
@@ -109,14 +100,6 @@ void Segment::post() {
   // Sequentially consistent against the pair in sleep: either we see the sleeper, or it sees the phase.
   mine.posted.store(++phase_, std::memory_order_seq_cst);
   if (mine.sleepers.load(std::memory_order_seq_cst) != 0) futex_wake_all(mine.posted);
-}
-
-void Segment::wait_for_all() {
-  for (int64_t i = 0; i < size(); ++i) {
-    if (i == index()) continue;
-    wait_for(i, phase_);
-    if (phase_ == first_) check_call(i);
-  }
 }
 
 void Segment::wait_for(int64_t index, uint32_t phase) {
@@ -177,10 +160,14 @@ void Segment::sleep(int64_t index, uint32_t phase) {
   }
 }
 
-void Segment::check_call(int64_t index) {
-  const Call theirs = member(index).calls[buffer_];
-  if (theirs == call_) return;
-  give_up(name(this->index()) + " calls " + words(call_) + " where " + name(index) + " calls " + words(theirs));
+void Segment::check_alive(int64_t index) {
+  const uint32_t aborted = header().aborted.load(std::memory_order_acquire);
+  if (aborted != 0) {
+    throw std::runtime_error(name(aborted - 1) + " gave up before " + words(call_) + ": connection closed");
+  }
+  if (member(index).left.load(std::memory_order_acquire) != 0) {
+    give_up(name(index) + " has left the group: connection closed");
+  }
 }
 
 // Whether the process has ended. One that has, but is not yet reaped by its parent, is a zombie.

@@ -1,11 +1,7 @@
-// A shared-memory segment that the ranks of one group have mapped, and how they wait for one another in it.
+// A shared-memory segment that a few ranks have mapped, and how they wait for one another in it. What they use it for is
+// another class's: Collectives (shm_collectives.h) or Channel (shm_channel.h).
 //
-// Layout: Header | Member[size] | slot[size][2][slot_bytes]. Every rank makes the same calls in the same order. A call
-// (or a chunk of a large one) writes the rank's own slot of one buffer, posts a phase, and reads what others posted;
-// calls alternate between the two buffers.
-//
-// Invariant: a rank that has posted in call k + 1 has read all it wants of call k. So a rank may write its slot for
-// call k + 2, which is the slot of call k, once every other rank has posted in call k + 1 (begin waits for that).
+// Layout: Header | Member[size] | slot[num_slots][slot_bytes].
 #pragma once
 
 #include <sys/types.h>
@@ -21,6 +17,8 @@ namespace infer::shm {
 
 using Clock = std::chrono::steady_clock;
 using std::chrono::nanoseconds;
+
+enum Kind : uint32_t { kind_all_reduce = 1, kind_gather, kind_broadcast, kind_hand_over };
 
 // What a call is about. Equal on all ranks, or the program is wrong: checked, because the sum of two different tensors
 // is an error that nobody would see.
@@ -43,6 +41,7 @@ struct alignas(128) Header {
   uint64_t magic;  // of this layout
   uint64_t nonce;  // of this segment
   uint64_t size;
+  uint64_t num_slots;
   uint64_t slot_bytes;
   std::atomic<uint32_t> aborted;  // 0, or 1 + the index of the rank that gave up
 };
@@ -59,14 +58,16 @@ struct Peer {
 struct Options {
   int64_t index;  // this rank's place among the peers; 0 sets the segment up
   uint64_t nonce;
+  int64_t num_slots;
   int64_t slot_bytes;  // a multiple of 64
+  bool touch_all;      // map all of it at once, rather than page by page when it is first used
   nanoseconds spin;    // the longest time to spin before sleeping
   nanoseconds timeout;
 };
 
 class Segment {
  public:
-  static size_t bytes(int64_t size, int64_t slot_bytes);
+  static size_t bytes(int64_t size, int64_t num_slots, int64_t slot_bytes);
 
   // Maps the segment behind `fd`, which holds bytes() zeros before index 0 comes, and may be closed afterwards. Throws
   // std::runtime_error where it cannot be mapped or is another than expected.
@@ -77,37 +78,38 @@ class Segment {
 
   int64_t size() const { return static_cast<int64_t>(peers_.size()); }
   int64_t index() const { return options_.index; }
+  int64_t num_slots() const { return options_.num_slots; }
   int64_t slot_bytes() const { return options_.slot_bytes; }
 
-  // Begins a call: afterwards this rank's slot may be written.
-  void begin(const Call& call);
-  // The slot of a rank in the buffer of the present call.
-  std::byte* slot(int64_t index) const;
-  // Publishes what this rank has written so far.
+  // Publishes what this rank has written so far, as its next phase.
   void post();
-  // Waits until every other rank has made the post that this rank made last. Throws std::runtime_error where one is
-  // gone, gave up, takes longer than the timeout, or makes a different call.
-  void wait_for_all();
 
- private:
+ protected:
+  // Returns once a rank has posted a phase. Throws std::runtime_error where it is gone, gave up or takes longer than the
+  // timeout; what it was waited for is call_.
   void wait_for(int64_t index, uint32_t phase);
-  bool spin(const Member& member, uint32_t phase);
-  void sleep(int64_t index, uint32_t phase);
-  void check_call(int64_t index);
-  bool is_gone(int64_t index) const;
+  // Throws where a rank has left or any has given up, without waiting for anything.
+  void check_alive(int64_t index);
+  // Ends the segment for everybody: those that wait get an error, too.
   [[noreturn]] void give_up(const std::string& why);
   std::string name(int64_t index) const;
-  Header& header() const { return *reinterpret_cast<Header*>(base_); }
+  static std::string words(const Call& call);
+  size_t slot_offset(int64_t number) const { return bytes(size(), number, slot_bytes()); }
+  std::byte* slot_at(int64_t number) const { return base_ + slot_offset(number); }
   Member& member(int64_t index) const { return reinterpret_cast<Member*>(base_ + sizeof(Header))[index]; }
+
+  uint32_t phase_ = 0;  // posts made; wraps around
+  Call call_{};         // what this rank is doing
+
+ private:
+  bool spin(const Member& member, uint32_t phase);
+  void sleep(int64_t index, uint32_t phase);
+  bool is_gone(int64_t index) const;
+  Header& header() const { return *reinterpret_cast<Header*>(base_); }
 
   const std::vector<Peer> peers_;
   const Options options_;
   std::byte* base_ = nullptr;
-  uint32_t phase_ = 0;     // posts made; wraps around
-  uint32_t previous_ = 0;  // the first phase of the call before this one
-  uint32_t first_ = 0;     // the first phase of this call
-  int buffer_ = 0;         // of this call
-  Call call_{};
   nanoseconds spin_;  // how long spinning pays at present
 };
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from world_scripts.jobs import Job, JobResult, Run, read_results, write_json
 from worlds import SCRIPTS, Result, run_world
 
+from infer import LLM
 from infer.config import EngineConfig
 from infer.layers.declare import declared
 from infer.models.config import load_model_config
@@ -160,6 +161,17 @@ def test_compiled_stages_give_what_the_cpu_gives(model_dir, on_cpu, tmp_path):
     results, result = run([job("compiled", model_dir, compile=True)], tmp_path)
     assert "torch.compile took" in result.rank_stderr and CAPTURED in result.rank_stderr
     assert_same_text(results["compiled"], on_cpu["float32"])
+
+
+def test_a_closed_engine_gives_its_memory_back(model_dir):
+    """All but what a process keeps for good, such as the workspaces of cuBLAS, which the first one leaves."""
+    reserved = []
+    for _ in range(3):
+        with LLM(model=str(model_dir), max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=1 << 30) as llm:
+            llm.generate(PROMPTS, [DRAWN] * len(PROMPTS), use_tqdm=False)
+            assert torch.cuda.memory_reserved() > 1 << 30
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[0] < 1 << 28 and max(reserved) == reserved[0], reserved
 
 
 # --------------------------------------------------------------------------------------- ranks that share the GPU

@@ -257,7 +257,7 @@ def context(case: dict, told: bool) -> ForwardContext:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [0, 1, 7, 64])
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("gather_bytes", [1, 1 << 28])
+@pytest.mark.parametrize("gather_bytes", [1, 2 * 150 * 64 * 2, 1 << 28])  # by sequences, by some of them, all at once
 @pytest.mark.parametrize(
     ("kv_map", "even_groups"), [([0], True), ([0, 0, 1, 1], True), ([0, 0, 0, 1, 1], False), ([0, 1, 1, 1, 2], False)]
 )

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ SMALL_SLOT = 4096  # so that tests meet chunks, and shares of chunks, with littl
 SHAPES = ([1], [3], [1, 576], [7, 33], [1021], [2, 0], [5, 1024], [9, 1000], [64, 576], [18001])
 
 
-def main() -> None:
+def main(scenarios: Mapping[str, Any]) -> None:
     scenario, directory = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     env = RankEnv.from_environ()
     world = World(env, torch.device("cpu"))
-    result = globals()[scenario](world)
+    result = scenarios[scenario](world)
     (directory / f"{env.rank}.json").write_text(json.dumps(result))
     with contextlib.suppress(RuntimeError):  # where a rank has been killed there is no last meeting
         world.barrier()
@@ -224,8 +225,8 @@ def _error_of(group: Group, width: int) -> dict[str, Any]:
 
 def _maps() -> int:
     """How many segments this process has mapped."""
-    return sum("infer-collectives" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return sum("infer-shared" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())
