@@ -1,11 +1,14 @@
 """Recorded ops: the same bits as one by one, whatever the batch, and refused where they would not be."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
 from checkpoints import RECIPES
 from torch import Tensor
+from worlds import ROOT
 
 from infer import ops
 from infer.cache import pages
@@ -158,3 +161,13 @@ def test_wrong_calls_are_refused_by_name():
     native.finish([0])
     with pytest.raises(ValueError, match="0 inputs, takes 1"):
         native.run([])
+
+
+def test_recording_does_not_import_dynamo():
+    code = (
+        "import sys, torch; from infer import ops; from infer.engine import tape\n"
+        "assert ops.native_available()\n"
+        "assert tape.record(lambda inputs: inputs[0] + 1, [torch.zeros(3)], [torch.zeros(5)]) is not None\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -70,6 +70,11 @@ class _Recorder(TorchDispatchMode):
         self._slots = {id(tensor): Slot(i) for i, tensor in enumerate(inputs)}
         self._num_slots = len(inputs)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No need: nothing is compiled while this records, and torch would import all of Dynamo for it (1.4 s)."""
+        return False
+
     def slot(self, tensor: Tensor) -> Slot:
         if id(tensor) not in self._slots:
             raise NotRecordable("its result is none of its ops' results")
