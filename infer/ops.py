@@ -1,66 +1,30 @@
-"""Every native op: its schema, its plain PyTorch reference, and the choice between the two.
+"""Every native op: its meaning, its plain PyTorch reference, and the choice between the two.
 
 The model calls the plain functions of this module (`rms_norm`, `paged_attention`, ...). Each runs the kernel of
-`infer._kernels` (compiled from kernels/ by setup.py) where one covers the tensors it was given, and its `*_reference`
-otherwise; the reference is the definition of the op, so both give the same result up to float32 rounding.
+`infer._kernels` (compiled from kernels/ by setup.py, loaded by native.py, which has the schemas) where one covers the
+tensors it was given, and its `*_reference` otherwise; the reference is the definition of the op, so both give the same
+result up to float32 rounding.
 
 Legend: T tokens in the batch, S sequences, H hidden size, D head size, num_q and num_kv local heads. All ops are for
 inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference.
 """
 
 import functools
-import logging
-import os
-import re
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infer import native
 from infer.ops_sampling import argmax_rows_reference, largest_reference, perturbed_max_reference
 
 if TYPE_CHECKING:
     from infer.ops_cuda import Prefill
 
-logger = logging.getLogger("infer.ops")
-
-# The native library states its own schemas; one that differs from these was built from other sources and is not used.
-SCHEMAS = {
-    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
-    "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    "act_and_mul": "(Tensor x, str kind) -> Tensor",
-    "rotary_write_kv": (
-        "(Tensor qkv, Tensor positions, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, float eps, "
-        "Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots, int num_q, int num_kv) -> Tensor"
-    ),
-    "paged_attention": (
-        "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
-        "Tensor kv_map, float scale, int window, float soft_cap) -> Tensor"
-    ),
-    "packed_linear": "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",
-    "packed_rows": "(Tensor ids, Tensor packed, int inputs) -> Tensor",
-    "argmax_rows": "(Tensor logits) -> (Tensor, Tensor)",
-    "perturbed_max": "(Tensor logits, Tensor temperatures, Tensor keys, int start) -> (Tensor, Tensor)",
-    "largest": "(Tensor logits, int k) -> (Tensor, Tensor)",
-}
-
 LINEAR_LANES = 16  # outputs that a packed weight keeps side by side
 
-# Of the CUDA kernels alone: no function of the model calls it by itself (ops_cuda.py does).
-CUDA_SCHEMAS = {
-    "attend_single_rows": (
-        "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
-        "Tensor kv_map, float scale, int window, float soft_cap, Tensor(a!) out) -> ()"
-    ),
-}
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CUDA_HEAD_UNIT, _CUDA_MAX_HEAD_DIM, _CUDA_MAX_HEADS = 8, 256, 256  # kernels/cuda/ops.h
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -97,14 +61,14 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) 
 
     Sums are float32, over the inputs in rising order: a row's result does not depend on other rows, to the last bit.
     """
-    if _use_native("packed_linear", x):
+    if native.use_native("packed_linear", x):
         return torch.ops.infer.packed_linear.default(x, packed, bias, outputs)
     return packed_linear_reference(x, packed, bias, outputs)
 
 
 def packed_rows(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
     """ids [T] int64 -> those rows of a weight [N, inputs] packed by pack_linear: [T, inputs]."""
-    if _use_native("packed_rows", packed):
+    if native.use_native("packed_rows", packed):
         return torch.ops.infer.packed_rows.default(ids, packed, inputs)
     return packed_rows_reference(ids, packed, inputs)
 
@@ -115,21 +79,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Statistics are float32; the normalized row is cast to x.dtype before it meets the weight, as Llama's is.
     x may be a strided view whose last dimension is contiguous.
     """
-    if _use_native("rms_norm", x):
+    if native.use_native("rms_norm", x):
         return torch.ops.infer.rms_norm.default(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """residual + x, and its rms_norm: x and residual [T, H], weight [H] -> (normed [T, H], residual [T, H])."""
-    if _use_native("add_rms_norm", x):
+    if native.use_native("add_rms_norm", x):
         return torch.ops.infer.add_rms_norm.default(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
 
 
 def act_and_mul(x: Tensor, kind: str) -> Tensor:
     """act(x[:, :I]) * x[:, I:] for x [T, 2 * I] -> [T, I]; kind is silu, gelu (erf) or gelu_tanh."""
-    if _use_native("act_and_mul", x):
+    if native.use_native("act_and_mul", x):
         return torch.ops.infer.act_and_mul.default(x, kind)
     return act_and_mul_reference(x, kind)
 
@@ -158,7 +122,7 @@ def rotary_write_kv(
     slots      [T] int64: block * block_size + offset; -1 writes nothing
     """
     args = (qkv, positions, cos_sin, q_norm, k_norm, eps, k_pages, v_pages, slots, num_q, num_kv)
-    if _use_native("rotary_write_kv", qkv):
+    if native.use_native("rotary_write_kv", qkv):
         return torch.ops.infer.rotary_write_kv.default(*args)
     return rotary_write_kv_reference(*args)
 
@@ -194,7 +158,7 @@ def paged_attention(
     A row's result depends on its own sequence alone, to the last bit.
     """
     args = (q, k_pages, v_pages, block_table, query_start, seq_lens, kv_map, scale, window, soft_cap)
-    if _use_native("paged_attention", q) and (q.is_cpu or _covers_heads(q)):
+    if native.use_native("paged_attention", q) and (q.is_cpu or native.covers_heads(q)):
         if prefill is not None and prefill.covers(q, k_pages, soft_cap):
             return prefill.attend(q, k_pages, v_pages, kv_map, scale, window, even_groups)
         return torch.ops.infer.paged_attention.default(*args)
@@ -206,7 +170,7 @@ def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     logits: [rows, width] in any floating dtype, width > 0. A NaN counts as larger than everything.
     """
-    if logits.is_cpu and _use_native("argmax_rows", logits):  # elsewhere the reference is one kernel
+    if logits.is_cpu and native.use_native("argmax_rows", logits):  # elsewhere the reference is one kernel
         return torch.ops.infer.argmax_rows.default(logits)
     return argmax_rows_reference(logits)
 
@@ -221,7 +185,7 @@ def perturbed_max(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int
     The lowest column of equals; a NaN counts as larger than everything. The native kernel equals the reference to the
     last bit.
     """
-    if logits.is_cpu and _use_native("perturbed_max", logits):  # there is none for GPUs
+    if logits.is_cpu and native.use_native("perturbed_max", logits):  # there is none for GPUs
         return torch.ops.infer.perturbed_max.default(logits, temperatures, keys, start)
     return perturbed_max_reference(logits, temperatures, keys, start)
 
@@ -232,7 +196,7 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logits: [rows, width] in any floating dtype. A NaN counts as larger than everything; several of them come in any
     order. k > 0 is cut to the width.
     """
-    if logits.is_cpu and k < logits.shape[-1] and _use_native("largest", logits):  # a full sort is PyTorch's
+    if logits.is_cpu and k < logits.shape[-1] and native.use_native("largest", logits):  # a full sort is PyTorch's
         return torch.ops.infer.largest.default(logits, k)
     return largest_reference(logits, k)
 
@@ -340,245 +304,3 @@ def paged_attention_reference(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
     return out
-
-
-# ------------------------------------------------------------------------------------------------ the dispatch
-
-
-def _use_native(op: str, x: Tensor) -> bool:
-    """Whether the native kernel of `op` runs for a tensor like x; every tensor of a call shares its device."""
-    if not (_found["library"] if "library" in _found else _native_loaded()):  # a call less, hundreds of times a step
-        return False
-    if x.is_cpu and x.dtype in _NATIVE_DTYPES:
-        return True
-    if x.is_cuda and x.dtype in _CUDA_DTYPES and _cuda_runs(x.get_device()) and _has_cuda_kernel(op):
-        return True
-    _log_fallback(op, f"{x.device.type} tensors of {x.dtype}")
-    return False
-
-
-def _covers_heads(q: Tensor) -> bool:
-    """Whether the CUDA kernel takes heads like those of q [T, num_q, D]."""
-    heads, dim = q.shape[1:]
-    if dim % _CUDA_HEAD_UNIT == 0 and dim <= _CUDA_MAX_HEAD_DIM and heads <= _CUDA_MAX_HEADS:
-        return True
-    _log_fallback("paged_attention", f"{heads} query heads of size {dim} on CUDA")
-    return False
-
-
-@functools.cache
-def _log_fallback(op: str, what: str) -> None:
-    logger.warning("%s: no native kernel for %s, using the PyTorch reference", op, what)
-
-
-def native_available() -> bool:
-    """Whether the native kernels are used at all."""
-    return _native_loaded()
-
-
-def decode_runs_on_device(num_q: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every op of a step that only decodes runs a CUDA kernel, so that the host need not wait for the device.
-
-    What a CUDA graph of the step needs: the references read lengths back.
-    """
-    return (
-        _native_loaded()
-        and device.type == "cuda"
-        and dtype in _CUDA_DTYPES
-        and _cuda_runs(torch.cuda.current_device() if device.index is None else device.index)
-        and _covers_heads(torch.empty(0, num_q, head_dim, device="meta"))
-    )
-
-
-# What has been found out, once a process. Not functools.cache: torch.compile would trace what is behind it.
-_found: dict[str, bool] = {}
-
-
-def _native_loaded() -> bool:
-    """Loads infer._kernels once. Where it cannot be used, says why in one log line."""
-    if "library" not in _found:
-        _found["library"] = _load()
-    return _found["library"]
-
-
-def _load() -> bool:
-    choice = os.environ.get("INFER_OPS", "native")
-    if choice == "reference":
-        logger.info("INFER_OPS=reference: native kernels are off")
-        return False
-    if choice != "native":
-        raise ValueError(f"INFER_OPS is {choice!r}, must be 'native' or 'reference'")
-    problem = _load_library(_library_path())
-    if problem:
-        logger.warning(
-            "native kernels are not used, every op runs its slower PyTorch reference: %s; "
-            "to build them: python setup.py build_ext --inplace",
-            problem,
-        )
-        return False
-    _register_fakes()
-    if not _lacking(CUDA_SCHEMAS):
-        _register_cuda_fakes()
-    return True
-
-
-def _has_cuda_kernel(op: str) -> bool:
-    key = f"cuda {op}"
-    if key not in _found:
-        _found[key] = torch._C._dispatch_has_kernel_for_dispatch_key(f"infer::{op}", "CUDA")
-    return _found[key]
-
-
-def _cuda_runs(index: int) -> bool:
-    """Whether the library's CUDA kernels run on this GPU: tries one, since they were compiled for some GPUs only."""
-    key = f"cuda:{index}"
-    if key not in _found:
-        problem = _cuda_problem(index)
-        if problem:
-            logger.warning("CUDA kernels are not used, every op runs its slower PyTorch reference: %s", problem)
-        _found[key] = not problem
-    return _found[key]
-
-
-def _cuda_problem(index: int) -> str:
-    if not _has_cuda_kernel("rms_norm"):
-        return f"{_library_path().name} was built without them (nvcc is needed: python setup.py build_ext --inplace)"
-    lacking = _lacking(CUDA_SCHEMAS)
-    if lacking:
-        return f"{_library_path().name} is out of date: it lacks {lacking}"
-    x = torch.ones(1, 8, device=f"cuda:{index}")
-    try:
-        worked = torch.ops.infer.rms_norm.default(x, x[0], 0.0).sum().item() == 8.0
-    except RuntimeError as error:
-        return f"they do not run on {torch.cuda.get_device_name(index)} ({str(error).splitlines()[0]})"
-    return "" if worked else f"they give wrong results on {torch.cuda.get_device_name(index)}"
-
-
-def _library_path() -> Path:
-    return Path(__file__).with_name("_kernels" + sysconfig.get_config_var("EXT_SUFFIX"))
-
-
-def _load_library(path: Path) -> str:
-    """Loads the native library at `path`. Returns what stands against using it, or an empty string."""
-    if not path.exists():
-        return f"{path.name} is not built"
-    # Read before loading: a library built for another torch may load and then crash.
-    stamp = re.search(rb"infer-kernels torch=([^\0]*)\0", path.read_bytes())
-    running = torch.__version__.split("+")[0]
-    if stamp is None:
-        return f"{path} is not a kernel library of this program"
-    if stamp[1].decode() != running:
-        return f"{path} was built for torch {stamp[1].decode()}, this is torch {running}"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path} does not load ({error})"
-    lacking = _lacking(SCHEMAS)
-    return f"{path} is out of date: it lacks {lacking}" if lacking else ""
-
-
-def _lacking(schemas: dict[str, str]) -> str:
-    """The first of these ops that the loaded library does not have just so, or an empty string."""
-    for name, signature in schemas.items():
-        op = getattr(torch.ops.infer, name, None)
-        if op is None or str(op.default._schema) != f"infer::{name}{signature}":
-            return f"{name}{signature}"
-    return ""
-
-
-def native_problem(schemas: dict[str, str]) -> str:
-    """What keeps native ops of these schemas from being called, or an empty string.
-
-    For a module whose native ops have no reference here, since they are no functions of tensors alone (collectives).
-    """
-    if not _native_loaded():
-        return "the native kernels are not loaded"
-    lacking = _lacking(schemas)
-    return f"the native kernels are out of date: they lack {lacking}" if lacking else ""
-
-
-def _register_fakes() -> None:
-    """Shapes without data, for torch.compile and meta tensors."""
-
-    @torch.library.register_fake("infer::packed_rows")
-    def _(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
-        return packed.new_empty((ids.shape[0], inputs))
-
-    @torch.library.register_fake("infer::packed_linear")
-    def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-        return x.new_empty((x.shape[0], outputs))
-
-    @torch.library.register_fake("infer::argmax_rows")
-    def _(logits: Tensor) -> tuple[Tensor, Tensor]:
-        rows = logits.shape[0]
-        return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.int64)
-
-    @torch.library.register_fake("infer::perturbed_max")
-    def _(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        return temperatures.new_empty(temperatures.shape), keys.new_empty(keys.shape)
-
-    @torch.library.register_fake("infer::largest")
-    def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        shape = (logits.shape[0], k)
-        return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
-
-    @torch.library.register_fake("infer::rms_norm")
-    def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return x.new_empty(x.shape)
-
-    @torch.library.register_fake("infer::add_rms_norm")
-    def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return x.new_empty(x.shape), x.new_empty(x.shape)
-
-    @torch.library.register_fake("infer::act_and_mul")
-    def _(x: Tensor, kind: str) -> Tensor:
-        return x.new_empty((x.shape[0], x.shape[1] // 2))
-
-    @torch.library.register_fake("infer::rotary_write_kv")
-    def _(
-        qkv: Tensor,
-        positions: Tensor,
-        cos_sin: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
-        eps: float,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        slots: Tensor,
-        num_q: int,
-        num_kv: int,
-    ) -> Tensor:
-        return qkv.new_empty((qkv.shape[0], num_q, k_pages.shape[3]))
-
-    @torch.library.register_fake("infer::paged_attention")
-    def _(
-        q: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        kv_map: Tensor,
-        scale: float,
-        window: int,
-        soft_cap: float,
-    ) -> Tensor:
-        return q.new_empty(q.shape)
-
-
-def _register_cuda_fakes() -> None:
-    @torch.library.register_fake("infer::attend_single_rows")
-    def _(
-        q: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        block_table: Tensor,
-        query_start: Tensor,
-        seq_lens: Tensor,
-        kv_map: Tensor,
-        scale: float,
-        window: int,
-        soft_cap: float,
-        out: Tensor,
-    ) -> None:
-        return None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infer import ops
+from infer import native, ops
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -71,7 +71,7 @@ class OneDnn(Matrix):
 
 def choose(weight: Tensor, needs_rows: bool) -> Matrix:
     """The fastest form of a weight on this machine. needs_rows: it is an embedding as well."""
-    if not weight.is_cpu or weight.dtype not in _PACKED_DTYPES or not ops.native_available():
+    if not weight.is_cpu or weight.dtype not in _PACKED_DTYPES or not native.is_loaded():
         return Plain(weight)
     if weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
         return OneDnn(weight, needs_rows)

@@ -268,7 +268,7 @@ def test_why_graphs_are_off(monkeypatch):
         attention = SimpleNamespace(qkv=SimpleNamespace(weight=weight), num_q=6)
         stage = SimpleNamespace(config=MODEL, layers=[SimpleNamespace(attention=attention)])
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr("infer.ops.decode_runs_on_device", lambda *shape: has_kernels)
+        monkeypatch.setattr("infer.native.decode_runs_on_device", lambda *shape: has_kernels)
         return why_off(EngineConfig(model="m", **flags), stage, tp, local_ranks)
 
     assert why() == "" and why(tp=2, local_ranks=2, gpus=2) == ""

@@ -9,13 +9,13 @@ import torch
 from plain_ranks import run_ranks
 from worlds import SCRIPTS
 
-from infer import ops
+from infer import native
 from infer.engine.loop import _is_connection_loss
 from infer.parallel import hosts, shm, shm_pipe
 from infer.parallel.shm import Introduction
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or ops.native_problem(shm.SCHEMAS | shm.PIPE_SCHEMAS) != "",
+    not sys.platform.startswith("linux") or native.problem_with(shm.SCHEMAS | shm.PIPE_SCHEMAS) != "",
     reason="needs Linux and the kernels",
 )
 

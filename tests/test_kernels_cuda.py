@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from test_ops import MIXED, attention_case, close
 from torch import Tensor
 
-from infer import ops, ops_cuda
+from infer import native, ops, ops_cuda
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "kernels" / "cuda"
@@ -53,18 +53,18 @@ def test_the_binding_states_the_schemas_of_ops():
         for text in re.findall(r"m\.def\((.*?)\);", binding, re.DOTALL)
         for name, signature in re.findall(r"(\w+)(\(.*)", "".join(re.findall(r'"(.*)"', text)))
     }
-    assert defined == ops.CUDA_SCHEMAS
+    assert defined == native.CUDA_SCHEMAS
     bound = set(re.findall(r'm\.impl\("(\w+)"', binding))
     on_cpu_alone = {"packed_linear", "packed_rows", "argmax_rows", "largest", "perturbed_max"}
-    assert bound == (ops.SCHEMAS.keys() - on_cpu_alone) | ops.CUDA_SCHEMAS.keys()
+    assert bound == (native.SCHEMAS.keys() - on_cpu_alone) | native.CUDA_SCHEMAS.keys()
 
 
 def test_ops_know_the_limits_of_the_kernels():
     header = (SOURCES / "ops.h").read_text()
     limits = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)[,;]", header)}
-    assert limits["head_unit"] == ops._CUDA_HEAD_UNIT
-    assert limits["max_head_dim"] == ops._CUDA_MAX_HEAD_DIM
-    assert limits["max_query_heads"] == ops._CUDA_MAX_HEADS
+    assert limits["head_unit"] == native.CUDA_HEAD_UNIT
+    assert limits["max_head_dim"] == native.CUDA_MAX_HEAD_DIM
+    assert limits["max_query_heads"] == native.CUDA_MAX_HEADS
 
 
 # ------------------------------------------------------------------------------------------ prefill on CUDA

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infer import ops
+from infer import native, ops
 from infer.noise import counters, log_exponential
 
-needs_native = pytest.mark.skipif(not ops._native_loaded(), reason="the native kernels are not built")
+needs_native = pytest.mark.skipif(not native.is_loaded(), reason="the native kernels are not built")
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-5
 
@@ -565,7 +565,7 @@ def test_linear():
 
 @needs_native
 def test_a_dtype_without_kernel_runs_the_reference_and_says_so_once(caplog):
-    ops._log_fallback.cache_clear()
+    native.log_fallback.cache_clear()
     x, weight = torch.randn(2, 8, dtype=torch.float16), torch.ones(8, dtype=torch.float16)
     for _ in range(3):
         assert torch.equal(ops.rms_norm(x, weight, EPS), ops.rms_norm_reference(x, weight, EPS))
@@ -608,7 +608,7 @@ def test_every_instruction_set_gives_the_same(capability):
 
 
 def test_infer_ops_chooses(caplog):
-    show = "import torch; from infer import ops; print(ops._native_loaded())"
+    show = "import torch; from infer import native; print(native.is_loaded())"
     assert python(show, INFER_OPS="reference").stdout == "False\n"
     wrong = python(show, INFER_OPS="fast")
     assert wrong.returncode != 0
@@ -628,13 +628,13 @@ def test_a_library_that_cannot_be_used_is_named(tmp_path, content, problem):
     library = tmp_path / "_kernels.so"
     if content is not None:
         library.write_bytes(content)
-    assert problem in ops._load_library(library)
+    assert problem in native.load_library(library)
 
 
 @needs_native
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setitem(ops.SCHEMAS, "rms_norm", "(Tensor x, Tensor weight) -> Tensor")
-    assert "is out of date: it lacks rms_norm(Tensor x" in ops._load_library(ops._library_path())
+    monkeypatch.setitem(native.SCHEMAS, "rms_norm", "(Tensor x, Tensor weight) -> Tensor")
+    assert "is out of date: it lacks rms_norm(Tensor x" in native.load_library(native.library_path())
 
 
 def test_setup_survives_a_failing_compiler(tmp_path):

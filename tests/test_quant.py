@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from infer import ops, quant
+from infer import native, ops, quant
 
 SHAPES = [(1, 16, 8), (3, 17, 9), (7, 100, 5001), (241, 65, 33), (6, 64, 64), (500, 33, 48), (0, 16, 16)]  # (T, N, K)
 
@@ -34,7 +34,7 @@ def test_packed_products_are_the_plain_ones(shape, dtype, with_bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_does_not_depend_on_the_rows_beside_it(dtype):
-    if not ops.native_available():
+    if not native.is_loaded():
         pytest.skip("the reference leaves the order of its sums to PyTorch")
     x, weight, bias = _case((245, 100, 300), dtype)
     packed = ops.pack_linear(weight)
@@ -58,7 +58,7 @@ def test_every_scheme_gives_rows_and_products(dtype):
 
 
 def test_wrong_arguments_are_refused_by_name():
-    if not ops.native_available():
+    if not native.is_loaded():
         pytest.skip("native kernels are not built")
     x, weight, _ = _case((2, 20, 8), torch.float32)
     packed = ops.pack_linear(weight)

@@ -9,12 +9,12 @@ import torch
 from plain_ranks import run_ranks
 from worlds import SCRIPTS
 
-from infer import ops
+from infer import native
 from infer.parallel import shm
 from infer.parallel.shm import Introduction
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or ops.native_problem(shm.SCHEMAS) != "", reason="needs Linux and the kernels"
+    not sys.platform.startswith("linux") or native.problem_with(shm.SCHEMAS) != "", reason="needs Linux and the kernels"
 )
 
 

@@ -10,7 +10,7 @@ from checkpoints import RECIPES
 from torch import Tensor
 from worlds import ROOT
 
-from infer import ops
+from infer import native
 from infer.cache import pages
 from infer.config import EngineConfig
 from infer.engine import tape
@@ -23,7 +23,7 @@ from infer.weights import init_dummy_weights
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not ops.native_available(), reason="the native kernels are not loaded")
+pytestmark = pytest.mark.skipif(not native.is_loaded(), reason="the native kernels are not loaded")
 
 
 @pytest.fixture(autouse=True)
@@ -165,8 +165,8 @@ def test_wrong_calls_are_refused_by_name():
 
 def test_recording_does_not_import_dynamo():
     code = (
-        "import sys, torch; from infer import ops; from infer.engine import tape\n"
-        "assert ops.native_available()\n"
+        "import sys, torch; from infer import native; from infer.engine import tape\n"
+        "assert native.is_loaded()\n"
         "assert tape.record(lambda inputs: inputs[0] + 1, [torch.zeros(3)], [torch.zeros(5)]) is not None\n"
         "sys.exit('torch._dynamo' in sys.modules)"
     )

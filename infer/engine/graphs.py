@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infer import ops
+from infer import native
 from infer.cache.pages import Pages
 from infer.config import EngineConfig
 from infer.engine.batch import COUNT, FLAGS, PROMPT_LOGPROBS, SAMPLE, Batch
-from infer.engine.inputs import Inputs, Shape, on_device
+from infer.engine.inputs import Inputs, Shape, forward_context, on_device
 from infer.engine.tape import Forward
-from infer.layers.attention import ForwardContext
 from infer.models.decoder import DecoderLayer, Stage
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def why_off(config: EngineConfig, stage: Stage, tp_size: int, local_world_size: 
         return f"this is a {device.type}"
     if config.enforce_eager:
         return "--enforce-eager"
-    if not ops.decode_runs_on_device(attention.num_q, head_dim, dtype, device):
+    if not native.decode_runs_on_device(attention.num_q, head_dim, dtype, device):
         return "some op has no CUDA kernel here, and its PyTorch reference reads lengths back"
     if tp_size > 1 and local_world_size > torch.cuda.device_count():
         return "ranks share a GPU, so that a layer's sums go through the host, which no graph can hold"
@@ -256,17 +255,7 @@ class DecodeGraphs:
         """A bucket on the shared buffers, not captured yet."""
         inputs = on_device(self._head, Shape(size, size, 0, 0))
         inputs = dataclasses.replace(inputs, block_table=self._block_table[:size])
-        context = ForwardContext(
-            positions=inputs.positions,
-            slots=inputs.slots,
-            block_table=inputs.block_table,
-            query_start=inputs.query_start,
-            seq_lens=inputs.seq_lens,
-            k_pages=self._pages.k,
-            v_pages=self._pages.v,
-            max_query_len=1,
-            max_seq_len=self._max_model_len,
-        )
+        context = forward_context(inputs, self._pages, 1, self._max_model_len)
         x = inputs.tokens if self._stage.is_first else self._hidden[:size]
         output = self._output[:size]
 

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infer.cache.pages import Pages
+from infer.layers.attention import ForwardContext
+
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 
@@ -58,6 +61,24 @@ def on_host(buffer: np.ndarray, shape: Shape) -> Inputs[np.ndarray]:
 def on_device(buffer: Tensor, shape: Shape) -> Inputs[Tensor]:
     """A buffer that was filled so, wherever it lies."""
     return _carve(buffer, shape, torch.int64, torch.int32)
+
+
+def forward_context(
+    inputs: Inputs[Tensor], pages: Pages, max_query_len: int, max_seq_len: int, prefill_keys: int | None = None
+) -> ForwardContext:
+    """Where the batch stands in the cache. The lengths: what the host knows of it, as in ForwardContext."""
+    return ForwardContext(
+        positions=inputs.positions,
+        slots=inputs.slots,
+        block_table=inputs.block_table,
+        query_start=inputs.query_start,
+        seq_lens=inputs.seq_lens,
+        k_pages=pages.k,
+        v_pages=pages.v,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        prefill_keys=prefill_keys,
+    )
 
 
 def _carve(buffer: Any, shape: Shape, int64: Any, int32: Any) -> Inputs:

@@ -25,11 +25,10 @@ from infer.engine.batch import (
 )
 from infer.engine.compile import compile_stage, forget_stage
 from infer.engine.graphs import Capture, DecodeGraphs
-from infer.engine.inputs import Inputs, Shape, Upload, pad
+from infer.engine.inputs import Inputs, Shape, Upload, forward_context, pad
 from infer.engine.sampler import Sampler, SampleRow
 from infer.engine.stopwatch import stopwatch
 from infer.engine.tape import Forward, record_stage
-from infer.layers.attention import ForwardContext
 from infer.models.decoder import Stage
 from infer.parallel.groups import Groups
 
@@ -191,18 +190,8 @@ class Runner:
         if prepared.bucket:
             assert self._graphs is not None
             return self._graphs.run(prepared.inputs, x, len(prepared.batch.rows))
-        inputs = prepared.inputs
-        context = ForwardContext(
-            positions=inputs.positions,
-            slots=inputs.slots,
-            block_table=inputs.block_table,
-            query_start=inputs.query_start,
-            seq_lens=inputs.seq_lens,
-            k_pages=self.pages.k,
-            v_pages=self.pages.v,
-            max_query_len=prepared.max_query_len,
-            max_seq_len=prepared.max_seq_len,
-            prefill_keys=prepared.prefill_keys,
+        context = forward_context(
+            prepared.inputs, self.pages, prepared.max_query_len, prepared.max_seq_len, prepared.prefill_keys
         )
         return self._forward(x, context)
 

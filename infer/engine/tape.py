@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infer import ops
+from infer import native
 from infer.cache.pages import Pages
 from infer.layers.attention import ForwardContext
 from infer.models.decoder import Stage
@@ -133,7 +133,7 @@ def record_stage(stage: Stage, pages: Pages) -> Forward:
 
     All tensor-parallel ranks of the stage call it together, since it runs the stage. Nothing is written to the pages.
     """
-    if not (pages.k[0].is_cpu and ops.native_available()):
+    if not (pages.k[0].is_cpu and native.is_loaded()):
         return stage
     num_layers = len(pages.k)
 

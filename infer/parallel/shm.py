@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infer import launch, ops
+from infer import launch, native
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _problem() -> str:
     """What keeps this process from sharing memory, or an empty string."""
     if not hasattr(os, "memfd_create"):
         return "the system has no anonymous files (memfd_create)"
-    if problem := ops.native_problem(SCHEMAS | PIPE_SCHEMAS):
+    if problem := native.problem_with(SCHEMAS | PIPE_SCHEMAS):
         return problem
     try:
         _host()

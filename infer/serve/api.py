@@ -2,24 +2,24 @@
 
 import logging
 import secrets
-import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from aiohttp import web
 
-import infer
 from infer.request import Request, SamplingParams, check_token_ids
 from infer.serve.client import EngineClient
-from infer.serve.errors import ApiError, bad_request, model_not_found, too_long
-from infer.serve.generation import JSON, Generation, reply_stream, reply_whole, too_many_logprobs
+from infer.serve.errors import bad_request, too_long
+from infer.serve.generation import Generation, reply_stream, reply_whole, too_many_logprobs
 from infer.serve.link import Hello
 from infer.serve.offload import Offload
-from infer.serve.render import ChatReply, CompletionReply, Prompt, Reply
-from infer.serve.schema import MAX_LOGPROB_ENTRIES, Body, ChatBody, CompletionBody, SamplingBody, parse
+from infer.serve.render import Prompt, Reply
+from infer.serve.render_chat import ChatReply
+from infer.serve.render_completion import CompletionReply
+from infer.serve.schema import MAX_LOGPROB_ENTRIES, Body, SamplingBody, parse
+from infer.serve.schema_chat import ChatBody
+from infer.serve.schema_completion import CompletionBody
 from infer.serve.text import Tokenizer
-from infer.serve.upload import MAX_BODY_BYTES, SMALL_BODY_BYTES, BodyReader
+from infer.serve.upload import SMALL_BODY_BYTES, BodyReader
 
 MAX_INLINE_CHARS = 20_000  # longer texts are tokenized off the event loop
 MAX_INLINE_TOKENS = 100_000  # more prompt tokens are checked off the event loop
@@ -27,93 +27,27 @@ MAX_INLINE_TOKENS = 100_000  # more prompt tokens are checked off the event loop
 logger = logging.getLogger("infer.frontend")
 
 
-def error_response(error: ApiError) -> web.Response:
-    """OpenAI's error object as a response."""
-    return web.Response(
-        status=error.status, body=JSON.encode(error.body()), content_type="application/json", headers=error.headers
-    )
-
-
-@web.middleware
-async def errors_as_json(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Whatever goes wrong before a reply has begun is told in OpenAI's form."""
-    try:
-        return await handler(request)
-    except ApiError as error:
-        return error_response(error)
-    except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
-        message = f"{request.method[:20]} is not allowed for {request.path[:100]}; use {allowed}"
-        return error_response(ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}))
-    except web.HTTPNotFound:
-        return error_response(ApiError(404, f"there is no route {request.path[:100]}", code="not_found"))
-    except web.HTTPException as error:
-        return error_response(ApiError(error.status, error.reason))
-    except ConnectionError:
-        raise  # the client is gone; there is nobody to tell
-    except Exception:
-        logger.exception("Failed to handle %s %s", request.method, request.path[:100])
-        return error_response(ApiError(500, "internal error; the server's log has the details", type="server_error"))
-
-
 class Api:
-    """The routes over one tokenizer and one engine. `app()` is the aiohttp application.
+    """The routes that generate, over one tokenizer and one engine.
 
-    num_open: generations under way. model_path: what /v1/models tells as the model's root. max_logprobs: most
-    alternatives a request may ask for.
+    num_open: generations under way. max_logprobs: most alternatives a request may ask for.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, model_path: str, max_logprobs: int) -> None:
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, max_logprobs: int) -> None:
         self.num_open = 0
         self._max_logprobs = max_logprobs
-        self._model_path = model_path
         self._client = client
         self._tokenizer = tokenizer
-        self._created = int(time.time())
         self._offload = Offload()
         self._bodies = BodyReader()
 
-    def app(self) -> web.Application:
-        app = web.Application(middlewares=[errors_as_json], client_max_size=MAX_BODY_BYTES)
-        app.router.add_post("/v1/completions", self.completions)
-        app.router.add_post("/v1/chat/completions", self.chat_completions)
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_get("/v1/models/{model:.+}", self.model)
-        app.router.add_get("/health", self.health)
-        app.router.add_get("/version", self.version)
-        app.on_cleanup.append(self._close)
-        return app
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        router.add_post("/v1/completions", self.completions)
+        router.add_post("/v1/chat/completions", self.chat_completions)
 
-    async def _close(self, app: web.Application) -> None:
+    def close(self) -> None:
+        """Ends the threads that heavy work was done in."""
         self._offload.close()
-
-    async def health(self, request: web.Request) -> web.Response:
-        """200 once the engine is connected and ready, else 503 with the phase it is in."""
-        self._client.ready()
-        return web.json_response({"status": "ok"})
-
-    async def version(self, request: web.Request) -> web.Response:
-        return web.json_response({"version": infer.__version__})
-
-    async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [self._model_card(self._client.ready())]})
-
-    async def model(self, request: web.Request) -> web.Response:
-        hello = self._client.ready()
-        self._check_model(request.match_info["model"])
-        return web.json_response(self._model_card(hello))
-
-    def _model_card(self, hello: Hello) -> dict[str, Any]:
-        return {
-            "id": self._client.model_name, "object": "model", "created": self._created, "owned_by": "infer",
-            "root": self._model_path, "parent": None, "max_model_len": hello.max_model_len,
-        }  # fmt: skip
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._client.model_name:
-            raise model_not_found(name, self._client.model_name)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         hello = self._client.ready()
@@ -146,7 +80,7 @@ class Api:
     async def _body(self, request: web.Request, kind: type[Body]) -> Body:
         data = await self._bodies.read(request)
         body = await self._offload.run(len(data) > SMALL_BODY_BYTES, lambda: parse(data, kind))
-        self._check_model(body.model)
+        self._client.check_model(body.model)
         body.check_logprobs(self._max_logprobs)
         return body
 

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 
 from infer.request import Output, Request, TokenLogprobs
-from infer.serve.errors import ApiError
+from infer.serve.errors import ApiError, model_not_found
 from infer.serve.link import (
     HEADER,
     Abort,
@@ -120,6 +120,11 @@ class EngineClient:
             message = f"the server is not ready: {self.phase}"
             raise ApiError(503, message, type="service_unavailable", code="not_ready", headers={"Retry-After": "1"})
         return self.hello
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError (404) unless a request that names this model may be served here; None names none."""
+        if name is not None and name != self.model_name:
+            raise model_not_found(name, self.model_name)
 
     def start(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None) -> Job:
         """Hands requests to the engine. on_overflow is called when their reader falls too far behind."""

@@ -24,7 +24,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from infer.serve.api import Api, error_response
+from infer.serve.api import Api
+from infer.serve.app import ServerRoutes, error_response, make_app
 from infer.serve.client import EngineClient
 from infer.serve.errors import ApiError
 from infer.serve.link import Ready, remove_socket
@@ -150,8 +151,9 @@ class Frontend:
         # From here on a client may connect, and gets its answer once the process is ready.
         tokenizer = Tokenizer.load(self._args.tokenizer_path)
         engine_server = await asyncio.start_unix_server(self._client.serve, path=self._socket_path, limit=1 << 20)
-        api = Api(self._client, tokenizer, self._args.model_path, self._args.max_logprobs)
-        runner = web.AppRunner(api.app(), handler_cancellation=True)
+        api = Api(self._client, tokenizer, self._args.max_logprobs)
+        app = make_app(api, ServerRoutes(self._client, self._args.model_path))
+        runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
         web_server = runner.server
         assert web_server is not None  # since setup()

@@ -1,4 +1,4 @@
-"""Engine outputs to OpenAI's JSON: choices, log-probabilities, usage, replies and stream chunks. No torch here."""
+"""Engine outputs to what OpenAI's JSON shares: choices, log-probabilities, usage, a reply's frame. No torch here."""
 
 import math
 import time
@@ -8,7 +8,6 @@ from typing import Any
 
 from infer.request import FinishReason, Output, Request, TokenLogprobs
 from infer.serve.client import num_logprobs
-from infer.serve.schema import ChatBody, CompletionBody
 from infer.serve.text import TextStream, Tokenizer
 
 MIN_LOGPROB = -9999.0  # for what JSON lacks, -inf and NaN, as in vLLM
@@ -85,16 +84,16 @@ def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any
     }
 
 
-def _distinct(entry: TokenLogprobs) -> Iterator[tuple[int, float, int]]:
+def distinct(entry: TokenLogprobs) -> Iterator[tuple[int, float, int]]:
     """(token, logprob, rank), the drawn token first; it may stand among the most likely ones again."""
     seen: set[int] = set()
     for token, logprob, rank in zip(entry.tokens, entry.logprobs, entry.ranks, strict=True):
         if token not in seen:
             seen.add(token)
-            yield token, _finite(logprob), rank
+            yield token, finite_logprob(logprob), rank
 
 
-def _finite(logprob: float) -> float:
+def finite_logprob(logprob: float) -> float:
     return logprob if MIN_LOGPROB < logprob < math.inf else MIN_LOGPROB  # NaN compares false
 
 
@@ -146,121 +145,7 @@ class Reply:
         return [
             None if entry is None else {
                 str(token): {"logprob": logprob, "rank": rank, "decoded_token": self._tokenizer.token(token)}
-                for token, logprob, rank in _distinct(entry)
+                for token, logprob, rank in distinct(entry)
             }
             for entry in prompt.logprobs or []
         ]  # fmt: skip
-
-
-class CompletionReply(Reply):
-    """/v1/completions."""
-
-    id_prefix = "cmpl-"
-    object_name = "text_completion"
-    chunk_object_name = "text_completion"
-
-    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, body: CompletionBody) -> None:
-        super().__init__(reply_id, model, tokenizer)
-        self._with_logprobs = body.logprobs is not None
-        self._with_prompt_logprobs = body.prompt_logprobs is not None
-        self._echo = body.echo
-
-    def whole_choice(self, choice: Choice) -> dict[str, Any]:
-        shown = self._choice(choice, Delta(choice.stream.text, choice.logprobs, echo=self._echo))
-        if self._with_prompt_logprobs:
-            shown["prompt_logprobs"] = self.prompt_logprobs(choice.prompt)
-        return shown
-
-    def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
-        delta.echo = self._echo and choice.num_chunks == 0
-        if not delta.text and not delta.logprobs and not delta.echo and choice.finish_reason is None:
-            return None
-        return self._choice(choice, delta)
-
-    def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "text": (choice.prompt.text or "") + delta.text if delta.echo else delta.text,
-            "logprobs": self._logprobs(choice, delta) if self._with_logprobs else None,
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-
-    def _logprobs(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        entries: list[tuple[int, TokenLogprobs | None]] = []
-        if delta.echo:
-            entries += zip(choice.prompt.token_ids, choice.prompt.logprobs or [], strict=True)
-        entries += ((entry.tokens[0], entry) for entry in delta.logprobs)
-        tokens, offsets = [], []
-        for token_id, _ in entries:
-            tokens.append(self._tokenizer.token(token_id))
-            offsets.append(choice.offset)
-            choice.offset += len(tokens[-1])
-        return {
-            "tokens": tokens,
-            "token_logprobs": [None if entry is None else _finite(entry.logprobs[0]) for _, entry in entries],
-            "top_logprobs": [None if entry is None else self._alternatives(entry) for _, entry in entries],
-            "text_offset": offsets,
-        }
-
-    def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
-        shown: dict[str, float] = {}
-        for token, logprob, _ in _distinct(entry):
-            text = self._tokenizer.token(token)
-            shown[text] = max(logprob, shown.get(text, logprob))  # of tokens that look alike, the likelier one
-        return shown
-
-
-class ChatReply(Reply):
-    """/v1/chat/completions."""
-
-    id_prefix = "chatcmpl-"
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
-
-    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, body: ChatBody) -> None:
-        super().__init__(reply_id, model, tokenizer)
-        self._with_logprobs = body.logprobs
-        self._num_top = body.top_logprobs or 0
-        self._with_prompt_logprobs = body.prompt_logprobs is not None
-
-    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
-        reply = super().whole(choices, used)
-        if self._with_prompt_logprobs:
-            reply["prompt_logprobs"] = self.prompt_logprobs(choices[0].prompt)
-        return reply
-
-    def whole_choice(self, choice: Choice) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.stream.text, "refusal": None},
-            "logprobs": self._logprobs(choice.logprobs) if self._with_logprobs else None,
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-
-    def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
-        first = choice.num_chunks == 0
-        if not delta.text and not delta.logprobs and not first and choice.finish_reason is None:
-            return None
-        role = {"role": "assistant"} if first else {}
-        return {
-            "index": choice.index,
-            "delta": {**role, "content": delta.text} if delta.text or first else role,
-            "logprobs": self._logprobs(delta.logprobs) if self._with_logprobs else None,
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-
-    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        return {"content": [self._token(entry) for entry in entries], "refusal": None}
-
-    def _token(self, entry: TokenLogprobs) -> dict[str, Any]:
-        rows = list(_distinct(entry))
-        likeliest = sorted(rows, key=lambda row: row[2])[: self._num_top]  # by rank; stable
-        return {**self._spelled(rows[0]), "top_logprobs": [self._spelled(row) for row in likeliest]}
-
-    def _spelled(self, row: tuple[int, float, int]) -> dict[str, Any]:
-        token, logprob, _ = row
-        spelled = self._tokenizer.token_bytes(token)
-        return {"token": spelled.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelled)}

@@ -1,4 +1,4 @@
-"""The OpenAI request bodies: what is taken, what is refused, and the errors that say so. No torch here.
+"""What OpenAI request bodies share: what is taken, what is refused, and the errors that say so. No torch here.
 
 Every field is one of three: taken (a struct's field), without effect here (accepted, listed in _IGNORED), or lacking
 (refused by name unless its value asks for nothing, listed in _LACKING). null equals absent everywhere.
@@ -10,10 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
-from infer.request import MAX_CHOICES, MAX_STOP_STRINGS, SamplingParams
-from infer.serve.chat import RESERVED
+from infer.request import MAX_STOP_STRINGS, SamplingParams
 from infer.serve.errors import ApiError, bad_request, show
-from infer.serve.messages import template_message
 
 MAX_STOP_CHARS = 1024
 MAX_LOGPROB_ENTRIES = 1 << 18  # held for one reply; each takes some 100 bytes here
@@ -144,130 +142,6 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 _NOT_SAMPLING = ("model", "stream", "stream_options", "prompt_logprobs")
 _SAMPLING_FIELDS = tuple(name for name in SamplingBody.__struct_fields__ if name not in _NOT_SAMPLING)
-
-
-class CompletionBody(SamplingBody):
-    """POST /v1/completions. prompt: text, token ids, or a list of either; a list in any case once check() has run.
-    max_tokens 0 with echo scores the prompt."""
-
-    logprobs_field: ClassVar[str] = "logprobs"
-
-    prompt: Any
-    echo: bool = False
-    max_tokens: int = 16
-    logprobs: int | None = None
-    add_special_tokens: bool = True
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return 1 if self.only_scores else self.max_tokens
-
-    @property
-    def only_scores(self) -> bool:
-        return self.max_tokens == 0 and self.echo
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        if self.prompt_logprobs is None and self.echo:
-            return self.logprobs  # an echoed prompt comes with log-probabilities of its own
-        return self.prompt_logprobs
-
-    @property
-    def num_prompt_logprobs_shown(self) -> int:
-        echoed = self.echo and self.logprobs is not None
-        return max(self.n, 1) * (echoed + (self.prompt_logprobs is not None))
-
-    @property
-    def num_choices(self) -> int:
-        return len(self.prompt) * max(self.n, 1)
-
-    def check(self) -> None:
-        self.prompt = self._prompt_list()
-        super().check()
-        if self.max_tokens == 0 and not self.echo:
-            raise bad_request("max_tokens must be at least 1, not 0; with echo, 0 scores the prompt", "max_tokens")
-        if self.only_scores and self.min_tokens > 0:
-            raise bad_request(f"min_tokens must be at most max_tokens (0), not {self.min_tokens}", "min_tokens")
-
-    def _prompt_list(self) -> list[str] | list[list[int]]:
-        """Raises ApiError unless `prompt` has one of its four forms, and for too many."""
-        prompt = self.prompt
-        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
-            prompt = [prompt]
-        if not isinstance(prompt, list):
-            raise _bad_prompt()
-        if not prompt:
-            raise bad_request("prompt is an empty list; give at least one prompt or token id", "prompt")
-        if len(prompt) * max(self.n, 1) > MAX_CHOICES:  # before anything looks at each
-            raise bad_request(
-                f"one request may ask for {MAX_CHOICES} choices (prompts times n), not {len(prompt)} x {self.n}; "
-                "send several requests", "prompt",
-            )  # fmt: skip
-        if all(isinstance(item, str) for item in prompt) or all(map(_is_token_list, prompt)):
-            return prompt
-        raise _bad_prompt()
-
-
-def _is_token_list(value: Any) -> bool:
-    # A fresh request is all there is to trust: bool is an int to Python, but not to JSON.
-    return isinstance(value, list) and set(map(type, value)) <= {int}
-
-
-def _bad_prompt() -> ApiError:
-    return bad_request(
-        "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids", "prompt"
-    )
-
-
-class ChatBody(SamplingBody):
-    """POST /v1/chat/completions. max_tokens is the older name of max_completion_tokens. messages: as templates expect
-    them once check() has run."""
-
-    logprobs_field: ClassVar[str] = "top_logprobs"
-
-    messages: list[dict[str, Any]]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool = False
-    top_logprobs: int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def generation_prompt(self) -> bool:
-        """Unless said otherwise, exactly one of a new assistant turn and continuing the last message."""
-        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
-
-    def check(self) -> None:
-        super().check()
-        if self.top_logprobs is not None and not self.logprobs:
-            raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise bad_request("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise bad_request(
-                "add_generation_prompt and continue_final_message cannot both be true", "continue_final_message"
-            )
-        for name in self.chat_template_kwargs:
-            if name in RESERVED:
-                raise bad_request(f"chat_template_kwargs must not set {name[:40]}", "chat_template_kwargs")
-        if not self.messages:
-            raise bad_request("messages is empty; give at least one message", "messages")
-        self.messages = [template_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
 
 
 _IGNORED = {

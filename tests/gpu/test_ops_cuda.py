@@ -5,7 +5,7 @@ import torch
 from test_ops import EPS, MIXED, attention_case, int32, rotary_case
 from torch import Tensor
 
-from infer import ops, ops_cuda
+from infer import native, ops, ops_cuda
 from infer.layers.attention import ForwardContext
 
 pytestmark = [
@@ -37,10 +37,10 @@ def to_gpu(x: Tensor) -> Tensor:
 
 
 def test_the_kernels_run_on_this_gpu():
-    assert ops.native_available(), "the native kernels are not built"
-    assert ops._cuda_runs(0), "the log says why"
-    assert ops.decode_runs_on_device(32, 128, torch.bfloat16, torch.device("cuda"))
-    assert not ops.decode_runs_on_device(32, 100, torch.bfloat16, torch.device("cuda"))
+    assert native.is_loaded(), "the native kernels are not built"
+    assert native.cuda_runs(0), "the log says why"
+    assert native.decode_runs_on_device(32, 128, torch.bfloat16, torch.device("cuda"))
+    assert not native.decode_runs_on_device(32, 100, torch.bfloat16, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------------------------------- norms and activations

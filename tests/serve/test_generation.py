@@ -16,8 +16,12 @@ from infer.serve.errors import ApiError
 from infer.serve.generation import Generation, reply_whole
 from infer.serve.link import Hello, Outputs
 from infer.serve.offload import Offload
-from infer.serve.render import ChatReply, Choice, CompletionReply, Delta, Prompt
-from infer.serve.schema import ChatBody, CompletionBody, parse
+from infer.serve.render import Choice, Delta, Prompt
+from infer.serve.render_chat import ChatReply
+from infer.serve.render_completion import CompletionReply
+from infer.serve.schema import parse
+from infer.serve.schema_chat import ChatBody
+from infer.serve.schema_completion import CompletionBody
 
 HELLO = Hello(generation=0, model_name="m", max_model_len=100, vocab_size=400, eos_token_ids=[2])
 
