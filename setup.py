@@ -32,6 +32,7 @@ REQUIREMENTS = [
     "llguidance",
     "gguf",
     "jinja2",
+    "pyyaml",
     "tqdm",
 ]
 

@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +15,21 @@ from infer.request import MAX_LOGPROBS
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+POLICIES = ("fcfs", "priority")
+
+
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "qwen3_coder", "pythonic")
+REASONING_PARSERS = ("deepseek_r1", "qwen3")
 
 
 def _flag(default: Any, help: str, *short: str, parse: Any = None, choices: Sequence[str] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "short": short, "parse": parse, "choices": choices})
+
+
+def _list(metavar: str, help: str, *, parse: Any = None, secret: bool = False) -> Any:
+    """A flag with several values. parse: what becomes of one, a string or a tuple of them. secret: not in the repr."""
+    metadata = {"help": help, "short": (), "parse": parse, "choices": None, "metavar": metavar}
+    return field(default=None, repr=not secret, metadata=metadata)
 
 
 def _size(text: str) -> int:
@@ -46,6 +59,17 @@ def _overrides(text: str) -> dict[str, Any]:
     return value
 
 
+def _origins(text: str) -> tuple[str, ...]:
+    """One origin, or a JSON list of them, as vLLM takes it."""
+    if not text.startswith("["):
+        return (text.rstrip("/"),)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not all(isinstance(value, str) for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of strings")
+    return tuple(value.rstrip("/") for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +113,11 @@ class EngineConfig:
     max_num_seqs: int = _flag(256, "most requests running at once")
     max_num_batched_tokens: int = _flag(2048, "most tokens in one batch")
     enable_chunked_prefill: bool = _flag(True, "split prompts that do not fit a batch over several")
+    scheduling_policy: str = _flag(
+        "fcfs",
+        "order of waiting requests: first come, first served, or by the requests' priority, the lowest first",
+        choices=POLICIES,
+    )
     enforce_eager: bool = _flag(False, "CUDA graphs off: every op is launched on its own; a CPU runs so anyway")
     compile: bool = _flag(
         False, "torch.compile the layers when batches first run, which takes a while (CPU: weights stay unpacked)"
@@ -98,7 +127,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be a directory or a Hub id, not {self.model!r}")
-        for name, choices in (("dtype", DTYPES), ("load_format", LOAD_FORMATS)):
+        for name, choices in (
+            ("dtype", DTYPES), ("load_format", LOAD_FORMATS), ("scheduling_policy", POLICIES),
+        ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in _POSITIVE:
@@ -157,31 +188,117 @@ _POSITIVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """The HTTP endpoint of rank 0."""
+    """The HTTP endpoint of rank 0. Raises ValueError for what does not fit or contradicts itself."""
 
     host: str = _flag("127.0.0.1", "address to listen on (0.0.0.0: all)")
-    port: int = _flag(8000, "port to listen on")
-    served_model_name: str | None = _flag(None, "name clients use (default: base name of --model)")
+    port: int = _flag(8000, "port to listen on (0: any free one)")
+    uds: str | None = _flag(None, "listen on a Unix socket at this path, instead of on --host and --port")
+    ssl_keyfile: str | None = _flag(None, "private key of the certificate, in PEM form, without a password")
+    ssl_certfile: str | None = _flag(None, "certificate and its chain in PEM form; with it the server speaks HTTPS")
+    api_key: tuple[str, ...] | None = _list(
+        "KEY", "keys that clients must send as a bearer token; --api-key-file or INFER_API_KEY keep them out of ps",
+        secret=True,
+    )  # fmt: skip
+    api_key_file: str | None = _flag(None, "file with one key a line; empty lines and lines with # are skipped")
+    allowed_origins: tuple[str, ...] | None = _list(
+        "ORIGIN", "origins whose pages may call the server from a browser (CORS); *: any (default: none)",
+        parse=_origins,
+    )  # fmt: skip
+    root_path: str = _flag("", "path prefix under which a proxy shows the server; routes answer with and without it")
+    served_model_name: tuple[str, ...] | None = _list(
+        "NAME", "names clients may use; the first is shown in replies (default: base name of --model)"
+    )
+    chat_template: str | None = _flag(None, "a Jinja file, or the template itself (default: the checkpoint's)")
+    response_role: str = _flag("assistant", "role of the messages in chat replies")
+    enable_auto_tool_choice: bool = _flag(False, "let the model decide to call tools; needs --tool-call-parser")
+    tool_call_parser: str | None = _flag(None, "the model's way to write tool calls", choices=TOOL_CALL_PARSERS)
+    reasoning_parser: str | None = _flag(None, "the model's way to mark its reasoning", choices=REASONING_PARSERS)
+    generation_config: str = _flag(
+        "auto", "sampling defaults: auto: the checkpoint's; vllm: none; or a directory with generation_config.json"
+    )
     max_logprobs: int = _flag(20, "largest logprobs, top_logprobs and prompt_logprobs a request may ask for")
+    max_num_queued_reqs: int = _flag(
+        2048, "prompts that may wait for their first token; with more, requests are refused with 429"
+    )
+    max_body_bytes: int = _flag(8 << 20, "largest request body, such as 8M", parse=_size)
+    max_connections: int = _flag(4096, "open connections; further ones are refused with 503")
+    request_timeout: float | None = _flag(
+        None, "seconds after which a request that is not done ends with an error (default: none)", parse=float
+    )
+    enable_log_requests: bool = _flag(False, "log a line a request: id, route, tokens, parameters; never its text")
+    enable_request_id_headers: bool = _flag(False, "every reply has an X-Request-Id header, the client's own or a new")
+    metrics_prefix: str = _flag("infer:", "what names of metrics begin with; vllm: suits dashboards made for vLLM")
+    config: str | None = _flag(None, "YAML file of flags: `max-model-len: 4096`; flags given here win over it")
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise ValueError(f"max_logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}")
+        for name in ("max_num_queued_reqs", "max_body_bytes", "max_connections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)}")
+        if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
+            raise ValueError(f"request_timeout must be a positive number of seconds, not {self.request_timeout:g}")
+        for name, choices in (("tool_call_parser", TOOL_CALL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            if getattr(self, name) not in (None, *choices):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            known = ", ".join(TOOL_CALL_PARSERS)
+            raise ValueError(f"--enable-auto-tool-choice needs --tool-call-parser, one of {known}")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile, the certificate that belongs to the key")
+        if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*", self.metrics_prefix):
+            raise ValueError(f"metrics_prefix must be of letters, digits, _ and :, not {self.metrics_prefix!r}")
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        # "{" and "}" would make a pattern of it; what a proxy sends is compared character by character.
+        if self.root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.root_path):
+            raise ValueError(f"root_path must be a path such as /llm, with no slash at its end, not {self.root_path!r}")
+        if self.served_model_name is not None and not all(self.served_model_name):
+            raise ValueError("served_model_name must hold names, not an empty one")
+        if not self.response_role:
+            raise ValueError("response_role must be a role such as assistant, not empty")
+        for key in self.api_key or ():
+            check_api_key(key, "api_key")
+        for origin in self.allowed_origins or ():
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+|null", origin):
+                raise ValueError(f"allowed_origins must hold * or origins such as https://example.org, not {origin!r}")
+
+
+def check_api_key(key: str, where: str) -> None:
+    """Raises ValueError, which never tells the key, unless it can travel in an HTTP header."""
+    if not key or not all("!" <= char <= "~" for char in key):
+        raise ValueError(f"{where} holds a key that is empty or has other characters than visible ASCII ones")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
     """Adds one flag per field of the config class: `--max-model-len`, and `--no-enable-...` for switches."""
     for f in dataclasses.fields(config_class):
         flags = ["--" + f.name.replace("_", "-"), *f.metadata["short"]]
-        help = f.metadata["help"] + ("" if f.default in (None, False, True) else f" (default: {f.default})")
+        untold = f.default is None or isinstance(f.default, bool) or f.default == ""
+        help = f.metadata["help"] + ("" if untold else f" (default: {f.default})")
+        parse = f.metadata["parse"] or (type(f.default) if f.default is not None else str)
         if isinstance(f.default, bool):
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=f.default, help=help)
-            continue
-        parse = f.metadata["parse"] or (type(f.default) if f.default is not None else str)
-        required = f.name == "model"
-        parser.add_argument(
-            *flags, type=parse, default=f.default, choices=f.metadata["choices"], required=required, help=help
-        )
+        elif "metavar" in f.metadata:
+            parser.add_argument(
+                *flags, action=_Collect, type=parse, nargs="+", metavar=f.metadata["metavar"], help=help
+            )
+        else:
+            required, choices = f.name == "model", f.metadata["choices"]
+            parser.add_argument(*flags, type=parse, default=f.default, choices=choices, required=required, help=help)
+
+
+class _Collect(argparse.Action):
+    """All the values of all times a flag is given, as one tuple; a default (a config file's) is not among them."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        given = namespace.__dict__.setdefault("given_lists", {}).setdefault(self.dest, [])
+        for value in values:
+            given.extend(value if isinstance(value, tuple) else [value])
+        setattr(namespace, self.dest, tuple(given))
 
 
 def from_args(args: argparse.Namespace, config_class: type) -> Any:

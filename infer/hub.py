@@ -20,6 +20,7 @@ TOKENIZER_PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "processor_config.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",

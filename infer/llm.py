@@ -19,6 +19,7 @@ from infer.outputs import CompletionOutput, Logprob, RequestOutput
 from infer.process import Process
 from infer.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs, check_prompt
 from infer.serve.text import TextStream, Tokenizer
+from infer.structured import GrammarChecker
 
 
 class TokensPrompt(TypedDict):
@@ -59,7 +60,9 @@ class LLM:
             raise ValueError("an LLM is open in this process; call its close() before building another")
         config = EngineConfig.from_kwargs(model=model, **kwargs)
         path, _ = check(config, self._process.world.size, Path(sys.argv[0]).name)  # before any rank is asked
-        self.tokenizer = Tokenizer.load(tokenizer_path(config, path))
+        tokenizer_dir = tokenizer_path(config, path)
+        self.tokenizer = Tokenizer.load(tokenizer_dir)
+        self._grammars = GrammarChecker(tokenizer_dir)
         self._process.num_engines += 1
         number = self._process.num_engines
         self._engine = Engine(self._process.world, self._process.courier, config, number=number)
@@ -75,16 +78,19 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts: a string, a list of token ids or {"prompt_token_ids": [...]}, or a list of such.
 
-        sampling_params: one for all, or one each. Returns an output per prompt, in their order. Raises ValueError,
-        naming the prompt, before anything runs.
+        sampling_params: one for all, or one each. priority: one each, with scheduling_policy="priority"; the lowest
+        runs first. Returns an output per prompt, in their order. Raises ValueError, naming the prompt, before anything
+        runs.
         """
         self._check_open()
         many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        params = self._params_for(many, sampling_params)
-        jobs = [self._prepare(index, prompt, p) for index, (prompt, p) in enumerate(zip(many, params, strict=True))]
+        params, priorities = self._params_for(many, sampling_params), self._priorities_for(many, priority)
+        given = enumerate(zip(many, params, priorities, strict=True))
+        jobs = [self._prepare(index, prompt, p, rank) for index, (prompt, p, rank) in given]
         self._run(jobs, use_tqdm)
         return [job.output for job in jobs]
 
@@ -115,6 +121,7 @@ class LLM:
     def close(self) -> None:
         """Ends the engine. The other ranks wait for the next LLM of this script."""
         if self._open:
+            self._grammars.close()
             self._engine.close()
             self._open, self._process.engine = False, None
 
@@ -140,7 +147,16 @@ class LLM:
             raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one each")
         return list(params)
 
-    def _prepare(self, index: int, prompt: Any, params: SamplingParams) -> _Job:
+    def _priorities_for(self, prompts: list[Any], priority: Sequence[int] | None) -> list[int]:
+        if priority is None:
+            return [0] * len(prompts)
+        if self._engine.config.scheduling_policy != "priority":
+            raise ValueError('priority needs an LLM built with scheduling_policy="priority"')
+        if len(priority) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(priority)} priorities; give one each")
+        return list(priority)
+
+    def _prepare(self, index: int, prompt: Any, params: SamplingParams, priority: int) -> _Job:
         text, token_ids = None, prompt
         if isinstance(prompt, str):
             text, token_ids = prompt, self.tokenizer.encode(prompt)
@@ -152,6 +168,8 @@ class LLM:
             raise ValueError(f"prompt {index} must be a string or a list of token ids, not {type(token_ids).__name__}")
         try:
             check_prompt(token_ids, params, self._engine.model_config.vocab_size, self._engine.max_model_len)
+            if params.structured_outputs is not None:
+                self._grammars.check(params.structured_outputs)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         self._num_requests += 1
@@ -161,6 +179,8 @@ class LLM:
             params=params,
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
             eos_token_ids=list(self._engine.model_config.eos_token_ids),
+            bad_words_token_ids=self.tokenizer.bad_words_token_ids(params.bad_words) if params.bad_words else [],
+            priority=priority,
         )
         return self._job(request, text)
 

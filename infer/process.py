@@ -12,6 +12,7 @@ from infer.engine.batch import Kind
 from infer.engine.loop import Courier, Engine, follow, leave
 from infer.launch import RankEnv
 from infer.parallel.groups import World
+from infer.parallel.watchdog import set_nccl_environment
 
 LOG_FORMAT = "%(levelname)s %(asctime)s [{rank}%(name)s] %(message)s"
 
@@ -35,7 +36,7 @@ class Process:
 
     def __init__(self, env: RankEnv):
         self.env = env
-        self.world = World(env, pick_device(env))
+        self.world = _join_world(env)
         self.courier = Courier(self.world)
         self.num_engines = 0
         self.engine: Engine | None = None  # the open one
@@ -46,7 +47,7 @@ class Process:
         if cls._joined is None:
             set_up_logging(env)
             if env.rank != 0:
-                follow(World(env, pick_device(env)))
+                follow(_join_world(env))
             cls._joined = cls(env)
             atexit.register(cls._joined.leave)
         return cls._joined
@@ -65,6 +66,14 @@ class Process:
         except RuntimeError as error:
             print(f"infer: the world ended early: {error}".splitlines()[0], file=sys.stderr)
             _exit(1)
+
+
+def _join_world(env: RankEnv) -> World:
+    """Joins the other ranks; from here on a loss of any ends this one."""
+    set_nccl_environment()
+    world = World(env, pick_device(env))
+    world.watchdog.start()
+    return world
 
 
 def _exit(status: int) -> NoReturn:

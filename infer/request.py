@@ -10,6 +10,11 @@ import msgspec
 MAX_LOGPROBS = 1024  # largest `logprobs` / `prompt_logprobs` a request may ask for
 MAX_STOP_STRINGS = 64
 MAX_CHOICES = 1024
+MAX_BAD_WORDS = 1000
+MAX_BAD_WORDS_CHARS = 64 << 10  # of all of them together
+MAX_SCHEMA_BYTES = 256 << 10  # of a JSON schema's text, or of a list of choices
+MAX_GRAMMAR_BYTES = 64 << 10  # of a regular expression's or a grammar's text
+MAX_GRAMMAR_CHOICES = 1024
 MAX_TOKEN_ID = MAX_COUNT = 2**31 - 1
 SEED_RANGE = range(-(2**63), 2**63)
 
@@ -23,6 +28,66 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """What the text of a choice must look like, with vLLM's names; exactly one of these is set.
+
+    json: a JSON schema, an object or its text. regex: the whole text matches it (Rust's regex syntax, no look-around).
+    choice: one of these texts. grammar: Lark as llguidance reads it. json_object: any JSON object.
+    With json and json_object: disable_any_whitespace, compact JSON alone; whitespace_pattern, a regular expression
+    of the white space allowed between JSON's tokens.
+
+    Raises ValueError that names the field. What only a compiler sees, structured.GrammarChecker finds.
+    """
+
+    json: dict[str, Any] | str | None = None  # its text, once built
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: Any = None  # vLLM's; refused
+
+    def __post_init__(self) -> None:
+        if self.structural_tag is not None:
+            raise ValueError("structural_tag is not supported; use json, regex, choice, grammar or json_object")
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        given = [name for name in _CONSTRAINTS if getattr(self, name) is not None and getattr(self, name) is not False]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"structured_outputs takes exactly one of {', '.join(_CONSTRAINTS)}; it has {found}")
+        if isinstance(self.json, Mapping):
+            msgspec.structs.force_setattr(self, "json", _json_text(self.json))
+        _check_text("json", self.json, MAX_SCHEMA_BYTES)
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            _check_text(name, getattr(self, name), MAX_GRAMMAR_BYTES)
+        if self.choice is not None:
+            self._check_choice()
+        if (self.disable_any_whitespace or self.whitespace_pattern is not None) and given[0] not in _JSON:
+            raise ValueError(f"disable_any_whitespace and whitespace_pattern go with json, not with {given[0]}")
+
+    def _check_choice(self) -> None:
+        choice = _plain_list("choice", self.choice, "strings")
+        msgspec.structs.force_setattr(self, "choice", choice)
+        if not 1 <= len(choice) <= MAX_GRAMMAR_CHOICES:
+            raise ValueError(f"choice must hold 1 to {MAX_GRAMMAR_CHOICES} strings, not {len(choice)}")
+        for text in choice:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"choice must hold non-empty strings, not {text!r}")
+        _check_text("choice", "".join(choice), MAX_SCHEMA_BYTES)
+
+    @property
+    def kind(self) -> str:
+        """The name of the one that is set."""
+        return next(name for name in _CONSTRAINTS if getattr(self, name) not in (None, False))
+
+
+_JSON = ("json", "json_object")
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """How tokens are drawn and when to stop, with vLLM's names and defaults.
 
@@ -31,7 +96,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     one. stop: strings that end the text (not part of it unless include_stop_str_in_output). stop_token_ids end it too.
     min_tokens: no end or stop token before so many. logprobs: the k most likely tokens are reported with each token,
     the drawn one always among them; prompt_logprobs the same for the prompt. logit_bias: token id -> added to its
-    logit. allowed_token_ids: nothing else can be drawn.
+    logit. allowed_token_ids: nothing else can be drawn. structured_outputs: what the text must look like; a choice
+    whose text is complete ends with `stop`, whatever ignore_eos and min_tokens say. bad_words: texts that are never
+    completed (word by word, as the tokenizer writes them, with and without a space before).
 
     Raises ValueError that names the field, its value and what would work.
     """
@@ -55,8 +122,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_CHOICES)
@@ -77,11 +147,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            raise ValueError(f"structured_outputs must be a StructuredOutputs, not {self.structured_outputs!r}")
         self._make_plain()
         self._check_stop()
+        self._check_bad_words()
         self._check_token_lists()
 
     def _make_plain(self) -> None:
@@ -117,6 +190,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings need detokenize=True; use stop_token_ids without it")
 
+    def _check_bad_words(self) -> None:
+        if self.bad_words is None:
+            return
+        words = _plain_list("bad_words", self.bad_words, "strings")
+        msgspec.structs.force_setattr(self, "bad_words", words)
+        if len(words) > MAX_BAD_WORDS:
+            raise ValueError(f"bad_words may hold {MAX_BAD_WORDS} strings, not {len(words)}")
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise ValueError(f"bad_words must hold strings that are not blank, not {word!r}")
+        _check_text("bad_words", "".join(words), MAX_BAD_WORDS_CHARS)
+
     def _check_token_lists(self) -> None:
         for name in ("stop_token_ids", "allowed_token_ids"):
             tokens = getattr(self, name) or ()
@@ -145,11 +230,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, o
                 raise ValueError(f"{name} holds {highest}; the vocabulary has ids 0 to {vocab_size - 1}")
 
 
+_SWITCHES = (
+    "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+)  # fmt: skip
+
+
 class Request(msgspec.Struct, kw_only=True):
     """One prompt as the engine takes it. It yields `params.n` choices.
 
     seed is always set here (the caller draws one for requests without), so that a restart draws the same tokens.
-    eos_token_ids: the model's end tokens; ignored with params.ignore_eos.
+    eos_token_ids: the model's end tokens; ignored with params.ignore_eos. bad_words_token_ids: the token sequences of
+    params.bad_words, from Tokenizer.bad_words_token_ids. priority: the lowest runs first, under the scheduling policy
+    `priority`. cache_salt: cached prefixes are shared only between requests of the same salt.
     """
 
     request_id: str
@@ -157,6 +249,9 @@ class Request(msgspec.Struct, kw_only=True):
     params: SamplingParams
     seed: int
     eos_token_ids: list[int] = []
+    bad_words_token_ids: list[list[int]] = []
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -174,7 +269,8 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     token_ids: the new tokens. logprobs: one entry a new token where asked for. prompt_logprobs: all of the prompt's,
     once (choice 0, with its first token); entry 0 is None because the first token has no predecessor. finish_reason
     set: the choice is done; stop_reason is the stop token that ended it (None for an end-of-sequence token). error: a
-    sentence, with finish_reason `error`.
+    sentence, with finish_reason `error`. queue_seconds: with a choice's first output, how long it waited to be
+    scheduled for the first time.
     """
 
     request_id: str
@@ -186,6 +282,7 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    queue_seconds: float | None = None
 
 
 def check_prompt(token_ids: list[int], params: SamplingParams, vocab_size: int, max_model_len: int) -> None:
@@ -213,6 +310,28 @@ def _plain_list(name: str, value: Any, of_what: str) -> list[Any]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ValueError(f"{name} must be a list of {of_what}, not {value!r}")
     return list(value)
+
+
+def _json_text(value: Any) -> str:
+    """A JSON value as text, its keys in their order. Raises ValueError for what JSON cannot say."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json must be a JSON schema: {error}") from None
+
+
+def _check_text(name: str, value: Any, max_bytes: int) -> None:
+    """None, or a text that UTF-8 can say in so many bytes."""
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, not {type(value).__name__}")
+    try:
+        num_bytes = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds {value[error.start]!r}, half a surrogate pair") from None
+    if not 0 < num_bytes <= max_bytes:
+        raise ValueError(f"{name} must have 1 to {max_bytes} bytes, not {num_bytes}")
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -185,8 +185,13 @@ class Simulation:
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert sum(before.get(seq_id, False) for seq_id in ids) <= cap, "a batch takes more than its share of decodes"
         assert scheduler.num_in_flight <= scheduler.pp_size
-        ages = [s.seq_id for s in [*scheduler.running, *scheduler.waiting]]
-        assert ages == sorted(ages), "a younger sequence stands before an older one"
+        for queue in (scheduler.running, scheduler.waiting):
+            orders = [s.order for s in queue]
+            assert orders == sorted(orders), "a younger or less urgent sequence stands before another"
+        every = [*scheduler.running, *scheduler.waiting]
+        if len({s.request.priority for s in every}) == 1:  # else one that waits does not displace one that runs
+            ages = [s.seq_id for s in every]
+            assert ages == sorted(ages), "a younger sequence runs while an older one waits"
         self._check_tables()
         return batch
 

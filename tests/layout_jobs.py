@@ -5,7 +5,7 @@ from pathlib import Path
 from checkpoints import BOS, EOS, RECIPES, VOCAB_SIZE, make_prompts
 from world_scripts.jobs import Job, Run, Workload
 
-from infer.request import SamplingParams
+from infer.request import SamplingParams, StructuredOutputs
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]  # (tp, pp)
 WORKLOAD_LAYOUTS = [(1, 1), (2, 2)]
@@ -33,6 +33,14 @@ LETTERS = list("aeiou")
 STOP_IDS = list(range(3, VOCAB_SIZE, 7))
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"enum": [1, 20, 300]}, "s": {"type": "string", "maxLength": 3}},
+    "required": ["n", "s"],
+    "additionalProperties": False,
+}
+REGEX = r"[a-f]{3,9}-(x|yy|zzz)[0-9]"
+BAD_WORDS = ["2", "33"]  # of the tokens 20, "2", and 21, "3"
 MAX_TOKENS = 7  # of a case that says nothing else
 
 
@@ -86,6 +94,14 @@ CASES: dict[str, SamplingParams] = {
     "logprobs": _case(logprobs=5, temperature=0.8),
     "logprobs of the drawn alone": _case(logprobs=0, top_p=0.9),
     "prompt_logprobs": _case(prompt_logprobs=4, logprobs=2, temperature=0.0),
+    "json": _case(structured_outputs=StructuredOutputs(json=SCHEMA, disable_any_whitespace=True), max_tokens=36),
+    "json, greedy": _case(temperature=0.0, structured_outputs=StructuredOutputs(json=SCHEMA), max_tokens=12),
+    "regex": _case(structured_outputs=StructuredOutputs(regex=REGEX), max_tokens=30, n=2, top_p=0.9, ignore_eos=False),
+    "choice": _case(structured_outputs=StructuredOutputs(choice=["Yes", "No", "Maybe"]), logprobs=2, top_k=50),
+    "grammar": _case(
+        structured_outputs=StructuredOutputs(grammar='start: "(" start ")" | "x"'), min_tokens=5, presence_penalty=0.5
+    ),
+    "bad_words": _case(temperature=0.0, logit_bias={20: 14.0, 21: 12.0}, bad_words=BAD_WORDS),
     "everything": _case(
         temperature=0.9, top_k=60, top_p=0.95, min_p=0.001, presence_penalty=0.3, frequency_penalty=0.2,
         repetition_penalty=1.1, logit_bias={30: 3.0, 31: -3.0}, min_tokens=3, stop=["zz"], stop_token_ids=[700],

@@ -18,7 +18,7 @@ from infer.engine.batch import (
     encode_control,
     encode_result,
 )
-from infer.request import SamplingParams, TokenLogprobs
+from infer.request import SamplingParams, StructuredOutputs, TokenLogprobs
 
 
 def ints(*values):
@@ -34,7 +34,8 @@ PARAMS = SamplingParams(
     n=3, temperature=0.7, top_p=0.9, top_k=4, min_p=0.1, seed=-(2**63), presence_penalty=0.5, frequency_penalty=-0.5,
     repetition_penalty=1.5, stop=["x", "yy"], stop_token_ids=[3, 4], include_stop_str_in_output=True, ignore_eos=True,
     max_tokens=None, min_tokens=2, logprobs=5, prompt_logprobs=0, detokenize=True, skip_special_tokens=False,
-    logit_bias={7: -3.5, 900000: 100.0}, allowed_token_ids=[7, 8],
+    logit_bias={7: -3.5, 900000: 100.0}, allowed_token_ids=[7, 8], spaces_between_special_tokens=False,
+    bad_words=["b"], structured_outputs=StructuredOutputs(json={"b": 1, "a": 2}, whitespace_pattern=" "),
 )  # fmt: skip
 
 
@@ -46,7 +47,10 @@ def same(batch, other):
 
 
 def test_a_batch_comes_out_as_it_went_in():
-    new = [NewSequence(PARAMS, 2**63 - 1, 2, 17, [1, 2]), NewSequence(SamplingParams(), -(2**63), 0, 1, [])]
+    new = [
+        NewSequence(PARAMS, 2**63 - 1, 2, 17, [1, 2], [[3], [4, 5]]),
+        NewSequence(SamplingParams(), -(2**63), 0, 1, []),
+    ]
     for batch in (
         make_batch(),
         make_batch(new=new),
@@ -82,13 +86,15 @@ def test_control_messages(payload):
 
 def make_result():
     entries = [TokenLogprobs([4, 5], [-0.5, -1.5], [1, 2]), TokenLogprobs([6], [float("-inf")], [9])]
-    return StepResult(9, [4, -1, 6], [entries[0], None, entries[1]], {3: entries, 70000: []})
+    return StepResult(9, [4, -1, 6], [entries[0], None, entries[1]], {3: entries, 70000: []}, {1: "because"})
 
 
 def test_a_result_comes_out_as_it_went_in():
     assert decode_result(encode_result(make_result(), 2), 2) == make_result()
     plain = StepResult(1, [5, 6], [None, None])
     assert decode_result(encode_result(plain, 2), 2) == plain
+    failed = StepResult(1, [-1, -2], [None, None], errors={0: "because"})
+    assert decode_result(encode_result(failed, 2), 2) == failed
     empty = StepResult(1, [], [])
     assert decode_result(encode_result(empty, 2), 2) == empty
 

@@ -18,7 +18,7 @@ SMALLER = {
 
 
 def test_every_config_is_listed():
-    assert {path.name for path in (ROOT / "configs").iterdir()} == set(BILLIONS)
+    assert {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()} == set(BILLIONS)
 
 
 @pytest.mark.parametrize("name", BILLIONS)

@@ -1,6 +1,9 @@
 """Every sampling parameter has its effect, and gives the same tokens at every layout, alone and among others; prefix
 cache, chunked prefill, preemption and aborts change no token."""
 
+import json
+import re
+
 import pytest
 from checkpoints import EOS, VOCAB_SIZE
 from layout_jobs import (
@@ -11,6 +14,7 @@ from layout_jobs import (
     MAX_TOKENS,
     NUM_ABORTS,
     NUM_REQUESTS,
+    REGEX,
     STOP_IDS,
     VARIANTS,
     WORKLOAD_LAYOUTS,
@@ -166,6 +170,26 @@ def test_allowed_token_ids(tokens):
     for name in ("allowed_token_ids", "allowed_token_ids, greedy"):
         assert set(tokens[name]) <= set(CASES[name].allowed_token_ids)
     assert len(set(tokens["allowed_token_ids"])) > 1
+
+
+def test_bad_words(tokens):
+    assert 20 not in tokens["bad_words"] and 21 in tokens["bad_words"]
+    assert (21, 21) not in zip(tokens["bad_words"], tokens["bad_words"][1:], strict=False)
+
+
+def test_structured_outputs(standard, texts):
+    (text,) = texts["json"]
+    value = json.loads(text)
+    assert list(value) == ["n", "s"] and value["n"] in (1, 20, 300) and len(value["s"]) <= 3
+    for text, choice in zip(texts["regex"], standard["regex"].choices, strict=True):
+        assert re.fullmatch(REGEX, text) and choice.token_ids[-1] == EOS
+    assert texts["choice"][0] in ("Yes", "No", "Maybe")
+    (choice,) = standard["grammar"].choices
+    assert re.match(r"\(*x?\)*", choice.text).end() == len(choice.text) > 0
+    if choice.finish_reason == "stop":
+        assert choice.text.count("(") == choice.text.count(")")
+    for name in ("json", "regex", "choice"):
+        assert {(choice.finish_reason, choice.stop_reason) for choice in standard[name].choices} == {("stop", None)}
 
 
 def test_stop_strings(standard, texts):

@@ -1,11 +1,14 @@
 """LLM in one process: the forms a script gives prompts in, and what it gets back."""
 
+import json
+import re
 from collections.abc import Iterator
 
 import pytest
 from serving import SMOLLM2
 
 from infer import LLM, SamplingParams
+from infer.request import StructuredOutputs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -96,3 +99,60 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(llm: LLM, prompts, p
 def test_a_second_llm_is_refused_while_one_is_open(llm: LLM) -> None:
     with pytest.raises(ValueError, match=r"an LLM is open in this process; call its close\(\)"):
         LLM(SMOLLM2)
+
+
+def test_structured_outputs_are_what_was_asked_for(llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer"}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    wanted = [
+        StructuredOutputs(json=schema, disable_any_whitespace=True),
+        StructuredOutputs(choice=["Paris", "London"]),
+        StructuredOutputs(regex=r"The [a-z]+ is [A-Z][a-z]{2,8}\."),
+    ]
+    many = [SamplingParams(structured_outputs=one, temperature=t, max_tokens=60) for one in wanted for t in (0.0, 1.0)]
+    texts = [output.outputs[0].text for output in llm.chat([QUESTION] * len(many), many, use_tqdm=False)]
+    assert [set(json.loads(text)) for text in texts[:2]] == [{"city", "people"}] * 2
+    assert texts[2] == "Paris" and texts[3] in ("Paris", "London")
+    assert all(re.fullmatch(r"The [a-z]+ is [A-Z][a-z]{2,8}\.", text) for text in texts[4:])
+    llm.engine.scheduler.check_idle()
+
+
+def test_a_bad_grammar_names_its_prompt_before_anything_runs(llm: LLM) -> None:
+    bad = SamplingParams(structured_outputs=StructuredOutputs(regex="(a"))
+    with pytest.raises(ValueError, match=r"prompt 1: structured_outputs\.regex: "):
+        llm.generate(["Hi", "Hi"], [GREEDY, bad], use_tqdm=False)
+    assert not llm.engine.has_work
+
+
+def test_a_grammar_that_other_parameters_leave_nothing_of_ends_alone(llm: LLM) -> None:
+    digit = StructuredOutputs(regex="[0-9]")
+    (letter,) = llm.tokenizer.encode("a")
+    none_left = SamplingParams(structured_outputs=digit, allowed_token_ids=[letter])
+    fine = SamplingParams(structured_outputs=digit)
+    bad, good = llm.generate(["1 + 1 =", "1 + 1 ="], [none_left, fine], use_tqdm=False)
+    assert bad.outputs[0].finish_reason == "error" and "leave no token" in (bad.outputs[0].error or "")
+    assert re.fullmatch("[0-9]", good.outputs[0].text) and good.outputs[0].finish_reason == "stop"
+
+
+def test_a_finished_text_ends_whatever_the_lengths_and_ends_say(llm: LLM) -> None:
+    word = StructuredOutputs(choice=["yes"])
+    late = SamplingParams(structured_outputs=word, min_tokens=12, ignore_eos=True)
+    endless = SamplingParams(structured_outputs=word, allowed_token_ids=list(range(3, 49152)))
+    for output in llm.generate(["Say yes:", "Say yes:"], [late, endless], use_tqdm=False):
+        choice = output.outputs[0]
+        assert (choice.text, choice.finish_reason, choice.stop_reason) == ("yes", "stop", None)
+
+
+def test_bad_words_are_not_written(llm: LLM) -> None:
+    (plain,) = llm.chat(QUESTION, GREEDY, use_tqdm=False)
+    (without,) = llm.chat(QUESTION, SamplingParams(temperature=0, max_tokens=12, bad_words=["Paris"]), use_tqdm=False)
+    assert "Paris" in plain.outputs[0].text and "Paris" not in without.outputs[0].text
+
+
+def test_priorities_need_their_policy(llm: LLM) -> None:
+    with pytest.raises(ValueError, match='scheduling_policy="priority"'):
+        llm.generate(["Hi"], GREEDY, use_tqdm=False, priority=[1])

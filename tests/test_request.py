@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from infer.request import FinishReason, SamplingParams, check_prompt
+from infer.request import FinishReason, SamplingParams, StructuredOutputs, check_prompt
 
 
 def test_the_defaults_are_vllms():
@@ -52,6 +52,13 @@ def test_the_defaults_are_vllms():
         ("logit_bias", {"5": 1}, "logit_bias keys must be .*'5'"),
         ("ignore_eos", 1, "ignore_eos must be true or false, not 1"),
         ("skip_special_tokens", "no", "skip_special_tokens must be true or false, not 'no'"),
+        ("spaces_between_special_tokens", 0, "spaces_between_special_tokens must be true or false, not 0"),
+        ("bad_words", "word", "bad_words must be a list of strings, not 'word'"),
+        ("bad_words", ["ok", " "], "bad_words must hold strings that are not blank, not ' '"),
+        ("bad_words", [3], "bad_words must hold strings that are not blank, not 3"),
+        ("bad_words", ["x"] * 1001, "bad_words may hold 1000 strings, not 1001"),
+        ("bad_words", ["x" * 40_000] * 2, "bad_words must have 1 to 65536 bytes, not 80000"),
+        ("structured_outputs", {"regex": "a"}, "structured_outputs must be a StructuredOutputs, not {'regex': 'a'}"),
     ],
 )
 def test_a_wrong_value_is_named(name, value, words):
@@ -66,6 +73,44 @@ def test_the_ends_of_every_range_are_fine():
         logit_bias={0: -100, 1: 100}, allowed_token_ids=[0],
     )  # fmt: skip
     SamplingParams(seed=-(2**63), max_tokens=None, min_tokens=10**6, temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "takes exactly one of json, regex, choice, grammar, json_object; it has none of them"),
+        ({"json_object": False}, "takes exactly one of .* none of them"),
+        ({"regex": "a", "choice": ["a"]}, "takes exactly one of .*; it has regex and choice"),
+        ({"structural_tag": "{}"}, "structural_tag is not supported; use json, regex"),
+        ({"json": {"a": {1, 2}, "b": object()}}, "json must be a JSON schema"),
+        ({"json": 5}, "json must be a string, not int"),
+        ({"json": "x" * (256 * 1024 + 1)}, "json must have 1 to 262144 bytes, not 262145"),
+        ({"regex": ""}, "regex must have 1 to 65536 bytes, not 0"),
+        ({"regex": "é" * 40_000}, "regex must have 1 to 65536 bytes, not 80000"),
+        ({"grammar": "\ud800"}, "grammar holds .*half a surrogate pair"),
+        ({"choice": []}, "choice must hold 1 to 1024 strings, not 0"),
+        ({"choice": "ab"}, "choice must be a list of strings, not 'ab'"),
+        ({"choice": ["a", ""]}, "choice must hold non-empty strings, not ''"),
+        ({"choice": ["a"] * 1025}, "choice must hold 1 to 1024 strings, not 1025"),
+        ({"json_object": 1}, "json_object must be true or false, not 1"),
+        ({"regex": "a", "disable_any_whitespace": True}, "go with json, not with regex"),
+    ],
+)
+def test_structured_outputs_name_what_is_wrong(given, words):
+    with pytest.raises(ValueError, match=words):
+        StructuredOutputs(**given)
+
+
+def test_a_schema_keeps_the_order_of_its_keys():
+    """They are written in the order that the model must write them in."""
+    structured = StructuredOutputs(json={"properties": {"b": {}, "a": {}}})
+    assert (structured.json, structured.kind) == ('{"properties":{"b":{},"a":{}}}', "json")
+    deep = schema = {}
+    for _ in range(5000):
+        deep["a"] = {}
+        deep = deep["a"]
+    with pytest.raises(ValueError, match="json"):
+        StructuredOutputs(json=schema)
 
 
 def test_stop_strings_need_text():
@@ -140,6 +185,8 @@ def test_finish_reasons_read_as_openai_writes_them():
         ({"stop": ("a", np.str_("b"))}, ["a", "b"]),
         ({"stop": "a"}, ["a"]),
         ({"logit_bias": {1: np.float64(2)}}, {1: 2.0}),
+        ({"bad_words": ("a", "b c")}, ["a", "b c"]),
+        ({"structured_outputs": StructuredOutputs(choice=("a", "b"))}, StructuredOutputs(choice=["a", "b"])),
     ],
 )
 def test_what_the_constructor_takes_can_travel(given, kept):

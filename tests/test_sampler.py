@@ -12,7 +12,7 @@ import torch
 
 from infer.engine import draw as draw_module
 from infer.engine import sampler as sampler_module
-from infer.engine.logit_edits import TokenCounts
+from infer.engine.logit_edits import BadWords, TokenCounts
 from infer.engine.sampler import Sampler, SampleResult, SampleRow
 from infer.noise import counters, log_exponential, stream_key
 from infer.ops import largest
@@ -112,20 +112,34 @@ def reference_gumbel(row: SampleRow, token: int) -> float:
 
 
 def reference_edits(logits: list[float], row: SampleRow) -> list[float]:
-    p, x = row.params, list(logits)
+    p, x, output = row.params, list(logits), row.output_token_ids.tolist()
+    if row.grammar_mask is not None:
+        bits = "".join(f"{int(word) & 0xFFFFFFFF:032b}"[::-1] for word in row.grammar_mask)
+        x = [v if bits[i] == "1" else -math.inf for i, v in enumerate(x)]
     if p.allowed_token_ids:
         x = [v if i in p.allowed_token_ids else -math.inf for i, v in enumerate(x)]
-    if len(row.output_token_ids) < p.min_tokens:
+    for word in bad_words_of(row):
+        if output[len(output) - len(word) + 1 :] == word[:-1]:
+            x[word[-1]] = -math.inf
+    if len(output) < p.min_tokens and not row.grammar_ended:
         for token in [*row.eos_token_ids, *(p.stop_token_ids or [])]:
             x[token] = -math.inf
     for token, bias in (p.logit_bias or {}).items():
         x[token] += bias
-    output = Counter(row.output_token_ids.tolist())
-    for token in set(row.prompt_token_ids.tolist()) | set(output):
+    counts = Counter(output)
+    for token in set(row.prompt_token_ids.tolist()) | set(counts):
         x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
-    for token, count in output.items():
+    for token, count in counts.items():
         x[token] -= p.frequency_penalty * count + p.presence_penalty
     return x
+
+
+def bad_words_of(row: SampleRow) -> list[list[int]]:
+    """What its BadWords was made from."""
+    if row.bad_words is None:
+        return []
+    longer = [word for words in row.bad_words._longer.values() for word in words]
+    return [[token] for token in row.bad_words.single] + longer
 
 
 def reference_candidates(x: list[float], p: SamplingParams) -> list[int]:
@@ -240,6 +254,46 @@ def test_every_parameter_equals_the_reference(name, prefixes):
             else:
                 check_logprobs(entry, x, token, params.logprobs)
     assert torch.equal(logits, before), "the sampler changed its input"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.0}, {}, {"top_k": 6}, {"top_p": 0.8}, {"logprobs": 2}, {"min_tokens": 12, "max_tokens": 20}],
+    ids=str,
+)
+def test_grammars_and_bad_words_equal_the_reference(options):
+    generator = np.random.default_rng(7)
+    rows = [random_case(SamplingParams(**options), generator) for _ in range(24)]
+    logits = random_logits(len(rows), generator)
+    for i, row in enumerate(rows):
+        if i % 3 != 0:  # a word that ends the sign bit too; bits beyond the vocabulary mean nothing
+            row.grammar_mask = generator.integers(-(2**31), 2**31, -(-VOCAB // 32), dtype=np.int32)
+            row.grammar_mask[0] |= 1 << EOS[0]
+            row.grammar_ended = i % 2 == 0
+        if i % 4 == 0:
+            best = int(logits[i].argmax())
+            last = row.output_token_ids.tolist()[-2:]
+            row.bad_words = BadWords([[best], [*last, 9], [3, 4, 5], [205], [9, 9]])
+    for starts in SPLITS.values():
+        result = sample(logits, rows, starts)
+        assert result.token_ids == [reference_token(x, row) for x, row in zip(logits, rows, strict=True)]
+
+
+def test_bad_words_are_completed_by_no_token():
+    words = BadWords([[5], [1, 2], [7, 1, 3], [1, 1, 4], [8, 9], [5]])
+    for output, forbidden in [
+        ([], {5}), ([1], {5, 2}), ([7, 1], {5, 2, 3}), ([1, 1], {5, 2, 4}), ([1, 7], {5}), ([8], {5, 9}),
+        ([1, 7, 1], {5, 2, 3}),
+    ]:  # fmt: skip
+        assert words.forbidden(np.array(output, np.int32)) == forbidden, output
+
+
+def test_a_grammar_that_leaves_nothing_gives_no_token():
+    rows = [make_row(SamplingParams()), make_row(SamplingParams(top_p=0.5)), make_row(SamplingParams(top_k=3))]
+    for row in rows:
+        row.grammar_mask = np.zeros(-(-VOCAB // 32), np.int32)
+    for starts in SPLITS.values():
+        assert sample(random_logits(3, np.random.default_rng(1)), rows, starts).token_ids == [-1, -1, -1]
 
 
 def random_mix(num_rows: int, generator: np.random.Generator) -> list[SampleRow]:

@@ -6,9 +6,9 @@ import pytest
 from fake_ranks import EOS, VOCAB_SIZE, FakeRanks, Simulation, expected_tokens
 
 from infer.cache.blocks import BlockPool
-from infer.engine.batch import NEW_BLOCKS, SEQ, StepResult
+from infer.engine.batch import NEW_BLOCKS, NO_TOKEN, SEQ, TEXT_ENDED, StepResult
 from infer.engine.scheduler import Scheduler
-from infer.request import FinishReason, Request, SamplingParams
+from infer.request import FinishReason, Request, SamplingParams, StructuredOutputs
 
 BLOCK_SIZE = 4  # small, so that short prompts fill blocks
 
@@ -376,3 +376,120 @@ def test_no_more_run_than_max_num_seqs():
     assert len(simulation.scheduler.running) == 3 and len(simulation.scheduler.waiting) == 6
     finish(simulation)
     assert {seq for batch in simulation.batches for seq in batch.rows[:, SEQ].tolist()} == set(range(9))
+
+
+# ------------------------------------------------------------------------------------------------ priority
+
+
+def with_priority(name, prompt, priority, **params):
+    made = request(name, prompt, **params)
+    made.priority = priority
+    return made
+
+
+def test_the_lowest_priority_number_runs_first_and_equals_in_their_order():
+    simulation = make(max_num_seqs=1)
+    simulation.scheduler.add(with_priority("running", [2], 9, max_tokens=3, ignore_eos=True))
+    simulation.step()
+    for name, priority in [("a", 5), ("b", 0), ("c", 5), ("d", -1), ("e", 0)]:
+        simulation.scheduler.add(with_priority(name, [3], priority, max_tokens=2, ignore_eos=True))
+    order = dict.fromkeys(output.request_id for output in finish(simulation))
+    assert list(order) == ["running", "d", "b", "e", "a", "c"], "one that runs is not put aside for one that waits"
+
+
+def test_the_last_in_order_is_preempted_though_it_came_first():
+    simulation = make(num_blocks=5, max_model_len=20)
+    first = with_priority("first", [2, 3, 4], 1, seed=1, max_tokens=12, ignore_eos=True)
+    urgent = with_priority("urgent", [5, 6, 7], 0, seed=2, max_tokens=12, ignore_eos=True)
+    simulation.scheduler.add(first)
+    simulation.step()
+    simulation.scheduler.add(urgent)
+    outputs = finish(simulation)
+    assert simulation.scheduler.stats.num_preemptions > 0
+    ended = [output.request_id for output in outputs if output.finish_reason is not None]
+    assert ended == ["urgent", "first"]
+    for made in (first, urgent):
+        assert tokens_of(outputs)[made.request_id, 0] == expected_tokens(made, 0, 20)
+    simulation.scheduler.check_idle()
+
+
+def test_random_priorities_change_no_token():
+    rng = random.Random(8)
+    for _ in range(20):
+        simulation = make(num_blocks=8, max_model_len=24, max_num_seqs=rng.randrange(1, 6))
+        requests = [
+            with_priority(
+                f"r{i}", [rng.randrange(2, VOCAB_SIZE) for _ in range(rng.randrange(1, 12))], rng.randrange(-2, 3),
+                seed=i, max_tokens=rng.randrange(1, 12), ignore_eos=True,
+            )
+            for i in range(12)
+        ]  # fmt: skip
+        for made in requests:
+            simulation.scheduler.add(made)
+        tokens = tokens_of(finish(simulation))
+        assert tokens == {(made.request_id, 0): expected_tokens(made, 0, 24) for made in requests}
+        simulation.scheduler.check_idle()
+
+
+# ------------------------------------------------------------------------------------------------ salts, waiting, ends
+
+
+def test_only_requests_of_one_salt_share_blocks():
+    simulation, prompt = make(), list(range(2, 15))
+    for name, salt, cached in [
+        ("none", None, 0), ("none again", None, 12), ("a", "a", 0), ("b", "b", 0), ("a again", "a", 12),
+    ]:  # fmt: skip
+        made = request(name, prompt, max_tokens=2, ignore_eos=True)
+        made.cache_salt = salt
+        simulation.scheduler.add(made)
+        assert {output.num_cached_tokens for output in finish(simulation)} == {cached}, name
+    simulation.scheduler.check_idle()
+
+
+def test_the_first_output_tells_how_long_its_choice_waited():
+    now = [100.0]
+    simulation = make(max_num_seqs=1, clock=lambda: now[0])
+    for name in ("a", "b"):
+        simulation.scheduler.add(request(name, [2], max_tokens=3, ignore_eos=True))
+    outputs = []
+    while simulation.scheduler.has_work:
+        now[0] += 1.0
+        outputs += simulation.step()
+    told = {}
+    for output in outputs:
+        told.setdefault(output.request_id, []).append(output.queue_seconds)
+    assert told == {"a": [1.0, None, None], "b": [4.0, None, None]}
+
+
+def test_a_text_that_has_ended_without_an_end_token():
+    simulation = make()
+    simulation.scheduler.add(request("a", [2, 3], max_tokens=9, structured_outputs=StructuredOutputs(regex="a")))
+    batch = simulation.scheduler.next()
+    simulation.ranks.run(batch)
+    (output,) = simulation.scheduler.update(StepResult(batch.step, [TEXT_ENDED], [None]))
+    assert (output.finish_reason, output.stop_reason, output.token_ids) == (FinishReason.STOP, None, [])
+    assert not simulation.scheduler.has_work
+    simulation.scheduler.check_idle()
+
+
+def test_a_grammar_that_fails_ends_its_request_and_leaves_the_cache():
+    simulation, prompt = make(), [2, 3, 4, 5, 6]
+    simulation.scheduler.add(request("bad", prompt, max_tokens=9))
+    batch = simulation.scheduler.next()
+    simulation.ranks.run(batch)
+    failed = StepResult(batch.step, [NO_TOKEN], [None], errors={0: "structured_outputs.regex: unclosed group"})
+    (output,) = simulation.scheduler.update(failed)
+    assert (output.finish_reason, output.error) == (FinishReason.ERROR, "structured_outputs.regex: unclosed group")
+    simulation.scheduler.add(request("next", prompt, max_tokens=1))
+    assert finish(simulation)[0].num_cached_tokens == 4, "the model's values were sound"
+    simulation.scheduler.check_idle()
+
+
+def test_an_end_token_ends_a_grammar_despite_ignore_eos():
+    simulation = make()
+    for name, structured in (("free", None), ("grammar", StructuredOutputs(regex="a*"))):
+        made = request(name, [3], max_tokens=5, ignore_eos=True, structured_outputs=structured)
+        made.eos_token_ids = list(range(VOCAB_SIZE))
+        simulation.scheduler.add(made)
+    ended = {o.request_id: o.finish_reason for o in finish(simulation) if o.finish_reason is not None}
+    assert ended == {"free": FinishReason.LENGTH, "grammar": FinishReason.STOP}

@@ -11,6 +11,12 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(parent + array("i", token_ids).tobytes()).digest()
 
 
+def root_hash(cache_salt: str | None) -> bytes:
+    """What the first block of a chain has for its predecessor's key: another for each salt, so that requests of
+    different salts share no block. No chain of blocks comes to it, as no token id begins with these bytes."""
+    return b"" if cache_salt is None else hashlib.sha256(b"cache_salt\0" + cache_salt.encode()).digest()
+
+
 class BlockPool:
     """Hands out block ids and remembers which of them hold a known prefix.
 

@@ -32,6 +32,9 @@ SAMPLE = 1  # draw a token after the last of these tokens
 NEW = 2  # the sequence is unknown to the ranks: its description is the next entry of Batch.new
 RESET = 4  # forget its block table first (it was preempted)
 PROMPT_LOGPROBS = 8  # report the log-probabilities of the prompt tokens in this range
+# In place of a token id, in a result.
+NO_TOKEN = -1  # none could be drawn; StepResult.errors may say why
+TEXT_ENDED = -2  # the grammar lets nothing more come, and the request has no end token to say so
 
 
 class NewSequence(msgspec.Struct, array_like=True):
@@ -42,6 +45,7 @@ class NewSequence(msgspec.Struct, array_like=True):
     choice: int
     num_prompt_tokens: int
     eos_token_ids: list[int]
+    bad_words_token_ids: list[list[int]] = []
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Batch:
     blocks: np.ndarray
     freed: np.ndarray
     new: list[NewSequence] = field(default_factory=list)
-    report: bool = False  # stages publish their busy time after this step
+    report: bool = False  # the other ranks publish their beat and busy time after this step
 
     @property
     def num_tokens(self) -> int:
@@ -65,18 +69,21 @@ class Batch:
 
 @dataclass
 class StepResult:
-    """What a step produced. token_ids and logprobs: one entry per row with SAMPLE, in order; -1 where the logits were
-    not finite. prompt_logprobs: sequence id -> the entries for this chunk's positions."""
+    """What a step produced. token_ids and logprobs: one entry per row with SAMPLE, in order; NO_TOKEN or TEXT_ENDED
+    where there is no token. prompt_logprobs: sequence id -> the entries for this chunk's positions. errors: index into
+    token_ids -> a sentence on why there is none."""
 
     step: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
 
 
 class _Rare(msgspec.Struct, array_like=True):
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    errors: dict[int, str]
 
 
 _HEADER = 12
@@ -121,8 +128,8 @@ def decode(words: np.ndarray, generation: int) -> tuple[Kind, Batch | Any]:
 def encode_result(result: StepResult, generation: int) -> np.ndarray:
     """A result message, int32."""
     rare = b""
-    if any(entry is not None for entry in result.logprobs) or result.prompt_logprobs:
-        rare = _encode(_Rare(result.logprobs, result.prompt_logprobs))
+    if any(entry is not None for entry in result.logprobs) or result.prompt_logprobs or result.errors:
+        rare = _encode(_Rare(result.logprobs, result.prompt_logprobs, result.errors))
     tokens = np.array(result.token_ids, dtype=np.int32)
     return _message(Kind.STEP, generation, result.step, [0, len(tokens), 0, 0], 0, [tokens], rare)
 
@@ -132,10 +139,10 @@ def decode_result(words: np.ndarray, generation: int) -> StepResult:
     kind, (rows, tokens, blocks, freed), payload = _parts(words, generation)
     if kind != Kind.STEP or len(rows) or len(blocks) or len(freed):
         raise ValueError(f"a {kind.name} message with {len(rows)}, {len(blocks)}, {len(freed)} words is no result")
-    rare = _rare_decoder.decode(payload) if payload else _Rare([None] * len(tokens), {})
+    rare = _rare_decoder.decode(payload) if payload else _Rare([None] * len(tokens), {}, {})
     if len(rare.logprobs) != len(tokens):
         raise ValueError(f"a result of {len(tokens)} tokens has {len(rare.logprobs)} log-probabilities")
-    return StepResult(int(words[3]), tokens.tolist(), rare.logprobs, rare.prompt_logprobs)
+    return StepResult(int(words[3]), tokens.tolist(), rare.logprobs, rare.prompt_logprobs, rare.errors)
 
 
 def _parts(words: np.ndarray, generation: int) -> tuple[Kind, list[np.ndarray], bytes]:

@@ -1,4 +1,5 @@
-"""What a request changes in its logits before a token is chosen: allowed tokens, minimum length, bias, penalties.
+"""What a request changes in its logits before a token is chosen: grammar, allowed tokens, minimum length, bad words,
+bias, penalties.
 
 All of it is elementwise arithmetic in float32 on known token ids, so a vocabulary shard edits its own part and has
 bit for bit what the whole row would have there.
@@ -44,6 +45,27 @@ class TokenCounts:
         self.num_counted = len(output_token_ids)
 
 
+class BadWords:
+    """Token sequences that must not be completed, by the token before the last, so that a step looks at few."""
+
+    def __init__(self, sequences: list[list[int]]):
+        """sequences: none of them empty."""
+        self.single = sorted({sequence[0] for sequence in sequences if len(sequence) == 1})
+        self._longer: dict[int, list[list[int]]] = {}
+        for sequence in sequences:
+            if len(sequence) > 1:
+                self._longer.setdefault(sequence[-2], []).append(sequence)
+
+    def forbidden(self, output_token_ids: NDArray[np.int32]) -> set[int]:
+        """The tokens that would complete one after this output. As in vLLM, the prompt's tokens begin none."""
+        found = set(self.single)
+        if self._longer and len(output_token_ids):
+            for sequence in self._longer.get(int(output_token_ids[-1]), ()):
+                if output_token_ids[1 - len(sequence) :].tolist() == sequence[:-1]:
+                    found.add(sequence[-1])
+        return found
+
+
 @dataclass(eq=False)
 class SampleRow:
     """One row of logits to draw a token for; kept from step to step by every tensor-parallel rank of the last stage."""
@@ -55,14 +77,20 @@ class SampleRow:
     prompt_token_ids: NDArray[np.int32]
     output_token_ids: NDArray[np.int32]  # so far; the caller replaces it by a longer one as tokens come
     eos_token_ids: list[int]
+    bad_words: BadWords | None = None
+    # From the row's grammar, for the token to draw: bit t % 32 of word t // 32 says whether token t may come.
+    grammar_mask: NDArray[np.int32] | None = None  # int32 [at least ceil(vocab / 32)]
+    grammar_ended: bool = False  # nothing but an end token may come, whatever min_tokens says
     _counts: TokenCounts | None = field(default=None, init=False, repr=False)
 
     @property
     def forbidden_ids(self) -> set[int]:
-        """End and stop tokens while the output is shorter than min_tokens. As in vLLM, ignore_eos does not lift it."""
-        if len(self.output_token_ids) >= self.params.min_tokens:
-            return set()
-        return {*self.eos_token_ids, *(self.params.stop_token_ids or ())}
+        """End and stop tokens while the output is shorter than min_tokens (as in vLLM, ignore_eos does not lift it),
+        and what would complete a bad word."""
+        found = set() if self.bad_words is None else self.bad_words.forbidden(self.output_token_ids)
+        if len(self.output_token_ids) < self.params.min_tokens and not self.grammar_ended:
+            found.update(self.eos_token_ids, self.params.stop_token_ids or ())
+        return found
 
     @property
     def is_penalized(self) -> bool:
@@ -76,7 +104,9 @@ class SampleRow:
     def is_edited(self) -> bool:
         """Whether anything here changes a logit."""
         params = self.params
-        return bool(self.is_penalized or params.logit_bias or params.allowed_token_ids or self.forbidden_ids)
+        if self.grammar_mask is not None or params.logit_bias or params.allowed_token_ids:
+            return True
+        return self.is_penalized or bool(self.forbidden_ids)
 
     def counts(self) -> TokenCounts:
         """The tokens that penalties apply to; those of the prompt only where repetition_penalty is on."""
@@ -90,11 +120,12 @@ class SampleRow:
 def edited_logits(logits: Tensor, rows: list[SampleRow], start: int) -> Tensor:
     """A float32 copy of logits [rows, width] of the token ids [start, start + width), edited as each row asks.
 
-    In vLLM's order: allowed tokens, minimum length, bias, penalties. A row with a NaN or +inf has a NaN afterwards even
-    if that token was masked, so that a broken row is recognized whatever it may choose from.
+    In vLLM's order: grammar, allowed tokens, minimum length and bad words, bias, penalties. A row with a NaN or +inf
+    has a NaN afterwards even if that token was masked, so that a broken row is recognized whatever it may choose from.
     """
     edited = logits.to(torch.float32, copy=True)
     broken = ~(edited.amax(-1) < math.inf)
+    _follow_grammars(edited, rows, start)
     _keep_only_allowed(edited, rows, start)
     _forbid(edited, rows, start)
     _add_bias(edited, rows, start)
@@ -127,6 +158,22 @@ class _Entries:
 
     def __bool__(self) -> bool:
         return bool(self._index)
+
+
+def _follow_grammars(logits: Tensor, rows: list[SampleRow], start: int) -> None:
+    masks = {i: row.grammar_mask for i, row in enumerate(rows) if row.grammar_mask is not None}
+    if not masks:
+        return
+    width, first_word = logits.shape[-1], start // 32
+    words = np.stack([mask[first_word : -(-(start + width) // 32)] for mask in masks.values()])
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    bits = (torch.from_numpy(words).to(logits.device)[:, :, None] >> shifts).bitwise_and_(1).flatten(1)
+    allowed = bits[:, start % 32 : start % 32 + width].bool()
+    if len(masks) == len(logits):
+        logits.masked_fill_(~allowed, -math.inf)
+    else:
+        constrained = torch.tensor(list(masks), device=logits.device)
+        logits[constrained] = logits[constrained].masked_fill_(~allowed, -math.inf)
 
 
 def _keep_only_allowed(logits: Tensor, rows: list[SampleRow], start: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,15 +23,20 @@ from infer.engine import batch as messages
 from infer.engine.batch import Batch, Kind, StepResult
 from infer.engine.scheduler import Scheduler
 from infer.engine.startup import Built, Phases, StartupError, build, decode_config, encode_config
-from infer.engine.stats import Clock, PipelineTime, ThroughputLog
+from infer.engine.stats import Clock, Heart, Heartbeats, PipelineTime, ThroughputLog
 from infer.parallel.groups import World
 from infer.parallel.topology import Topology
 from infer.request import Output, Request
+from infer.serve.link import EngineStats
 
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0  # rank 0 sends at least one message so often, so that no finite timeout ends an idle world
-REPORT_SECONDS = 0.25  # how often the stages publish their busy time
+REPORT_SECONDS = 0.25  # how often the other ranks publish their beat and busy time while they run batches
+BEAT_SECONDS = 1.0  # and while they are idle
+STATS_SECONDS = 1.0  # how often a server's frontend hears how the engine is doing
+MAX_STEPS_TOLD = 4096  # in one such message: more than a second has
+RESULT_SECONDS = 1.0  # how long a step waits for a result before its caller may see to something else
 
 
 class RankLost(RuntimeError):
@@ -117,7 +124,10 @@ class Engine:
         if self.built.groups.results is not None:
             self._receiver.start()
         self._clock = Clock()
+        self._heartbeats = Heartbeats(world.store, self._name, topology)  # all have beaten: they are ready
+        self._step_tokens: deque[int] = deque(maxlen=MAX_STEPS_TOLD)  # of the steps that no stats_message() told of
         self._reported = 0.0
+        self._stats_sent, self._stats_told_work = -math.inf, False
         # Set by an exception inside a step: the scheduler then counts on batches that never ran, so nothing may follow.
         # Its words, for the exception itself refers to frames, and so to the tensors of the step.
         self.broken: str | None = None
@@ -141,6 +151,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Fills the pipeline, then waits for its oldest batch. Call it while there is work.
 
+        No outputs come where nothing was sampled, and where other ranks take longer than RESULT_SECONDS: call again.
         Raises RankLost when another rank is gone. After any exception the engine is broken: it can only be closed.
         """
         if self.broken is not None:
@@ -158,7 +169,10 @@ class Engine:
         if not self.scheduler.num_in_flight:  # everything was aborted meanwhile
             self._clock.stop()
             return []
-        result = self._results.get()
+        try:
+            result = self._results.get(timeout=RESULT_SECONDS)
+        except queue.Empty:
+            return []
         if isinstance(result, BaseException):
             raise RankLost(f"the rank that samples is gone: {result}")
         outputs = self.scheduler.update(result)
@@ -169,8 +183,9 @@ class Engine:
 
     def _run(self, batch: Batch) -> None:
         now = time.monotonic()
-        if self._topology.pp_size > 1 and now - self._reported > REPORT_SECONDS:
+        if self._world.size > 1 and now - self._reported > REPORT_SECONDS:
             batch.report, self._reported = True, now
+        self._step_tokens.append(batch.num_tokens)
         self._courier.send_batch(batch)
         try:
             result = self.built.runner.run(batch)
@@ -199,12 +214,28 @@ class Engine:
 
     def pipeline_time(self) -> PipelineTime:
         """Busy seconds of each stage, at most REPORT_SECONDS old."""
-        busy = [self.built.runner.busy_seconds]
-        for pp in range(1, self._topology.pp_size):
-            key = f"{self._name}/busy/{pp}"
-            store = self._world.store
-            busy.append(float(store.get(key)) if store is not None and store.check([key]) else 0.0)
-        return PipelineTime(self._clock.seconds, busy)
+        self._heartbeats.read(self.built.runner.busy_seconds)
+        return PipelineTime(self._clock.seconds, self._heartbeats.stage_busy)
+
+    @property
+    def stats_due(self) -> bool:
+        """Whether the frontend should be told: once a second, and as soon as the work is done."""
+        came_to_rest = self._stats_told_work and not self.has_work
+        return came_to_rest or time.monotonic() - self._stats_sent >= STATS_SECONDS
+
+    def stats_message(self) -> EngineStats:
+        """How the engine is doing, for the frontend. Costs a round trip to the store where there are several ranks."""
+        scheduler, stats, pipeline = self.scheduler, self.scheduler.stats, self.pipeline_time()
+        self._stats_sent, self._stats_told_work = time.monotonic(), self.has_work
+        step_tokens, self._step_tokens = list(self._step_tokens), deque(maxlen=MAX_STEPS_TOLD)
+        return EngineStats(
+            num_running=len(scheduler.running), num_waiting=len(scheduler.waiting),
+            kv_cache_usage=scheduler.kv_cache_usage, num_preemptions=stats.num_preemptions,
+            prefix_cache_queries=stats.prefix_cache_queries, prefix_cache_hits=stats.prefix_cache_hits,
+            num_prompt_tokens=stats.num_prompt_tokens, num_generation_tokens=stats.num_generation_tokens,
+            iteration_tokens=step_tokens, active_seconds=pipeline.active, stage_busy_seconds=pipeline.busy,
+            heartbeat_ages=self._heartbeats.ages,
+        )  # fmt: skip
 
     def log_stats(self) -> None:
         """Logs the throughput line when one is due."""
@@ -246,14 +277,18 @@ class Follower:
         self._generation = world.env.restart_count
         self._inbox: queue.SimpleQueue[tuple[Kind, Any] | BaseException] = queue.SimpleQueue()
         self._built: Built | None = None
-        self._name = ""
+        self._heart: Heart | None = None
         self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
 
     def run(self) -> None:
         """Serves rank 0 until it says EXIT. Raises RankLost when another rank is gone."""
         self._receiver.start()
         while True:
-            item = self._inbox.get()
+            try:
+                item = self._inbox.get(timeout=BEAT_SECONDS)
+            except queue.Empty:
+                self._beat()
+                continue
             if isinstance(item, BaseException):
                 raise RankLost(f"rank 0 is gone: {item}")
             kind, payload = item
@@ -287,12 +322,23 @@ class Follower:
             self._inbox.put(error)
 
     def _build(self, payload: dict[str, Any]) -> None:
-        self._name = payload["name"]
-        phases = Phases(self._world, self._name, payload["is_server"])
+        name = payload["name"]
+        phases = Phases(self._world, name, payload["is_server"])
+        assert self._world.store is not None, "a world with followers has a store"
+        self._heart = Heart(self._world.store, name, self._world.rank)
         # On failure rank 0 tells the user; this rank waits for what comes next.
         with contextlib.suppress(StartupError):
             self._built = build(self._world, decode_config(payload["config"]), phases)
-            phases.run("getting ready", lambda: None)  # rank 0 sends steps once every rank has its runner in place
+            phases.run("getting ready", self._beat)  # rank 0 sends steps once every rank has its runner in place
+
+    def _beat(self) -> None:
+        """Tells rank 0 that this loop goes round. Nobody listens while no engine is built."""
+        if self._built is None or self._heart is None:
+            return
+        try:
+            self._heart.beat(self._built.runner.busy_seconds)
+        except RuntimeError as error:
+            raise RankLost(f"the store is gone: {error}") from error
 
     def _step(self, batch: Batch) -> None:
         built = self._built
@@ -306,9 +352,8 @@ class Follower:
             if _is_connection_loss(error):
                 raise RankLost(f"a rank is gone: {error}") from error
             raise
-        if batch.report and built.groups.tp_rank == 0 and self._world.store is not None:
-            key = f"{self._name}/busy/{built.groups.pp_rank}"
-            self._world.store.set(key, f"{built.runner.busy_seconds:.6f}")
+        if batch.report:
+            self._beat()
 
     def _close(self) -> None:
         self._answer(Kind.CLOSE)

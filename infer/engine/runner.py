@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,18 +15,22 @@ from infer.engine.batch import (
     NEW,
     NEW_BLOCKS,
     NEW_TOKENS,
+    NO_TOKEN,
     PROMPT_LOGPROBS,
     RESET,
     SAMPLE,
     SEQ,
     START,
+    TEXT_ENDED,
     Batch,
     NewSequence,
     StepResult,
 )
 from infer.engine.compile import compile_stage, forget_stage
+from infer.engine.grammar import Grammar, Grammars, TokenMask
 from infer.engine.graphs import Capture, DecodeGraphs
 from infer.engine.inputs import Inputs, Shape, Upload, forward_context, pad
+from infer.engine.logit_edits import BadWords
 from infer.engine.sampler import Sampler, SampleRow
 from infer.engine.stopwatch import stopwatch
 from infer.engine.tape import Forward, record_stage
@@ -36,10 +41,13 @@ PROMPT_ROWS_AT_ONCE = 256  # bounds the logits of a long prompt whose log-probab
 
 
 class Mirror:
-    """A rank's copy of one sequence: its known tokens and its block table, as the batches told them."""
+    """A rank's copy of one sequence: its known tokens and its block table, as the batches told them.
 
-    def __init__(self, description: NewSequence):
-        self.description = description
+    grammar: where it stands in its grammar, on the ranks of the last stage.
+    """
+
+    def __init__(self, description: NewSequence, grammar: Grammar | None = None):
+        self.description, self.grammar = description, grammar
         self.tokens = np.zeros(64, dtype=np.int32)
         self.num_tokens = 0
         self.blocks = np.zeros(8, dtype=np.int32)
@@ -50,14 +58,22 @@ class Mirror:
         self.tokens, self.num_tokens = _append(self.tokens, self.num_tokens, tokens)
         self.blocks, self.num_blocks = _append(self.blocks, self.num_blocks, blocks)
 
+    @property
+    def output_token_ids(self) -> np.ndarray:
+        """int32, as far as known; a view that stays as it is."""
+        return self.tokens[self.description.num_prompt_tokens : self.num_tokens]
+
     def sample_row(self) -> SampleRow:
         """The row for the token that follows all known ones; one object for life, as it counts what it has seen."""
         d, at = self.description, self.description.num_prompt_tokens
         if self._row is None:
             prompt = self.tokens[:at].copy()
-            self._row = SampleRow(d.params, d.seed, d.choice, at, prompt, self.tokens[at:at], d.eos_token_ids)
+            bad_words = BadWords(d.bad_words_token_ids) if d.bad_words_token_ids else None
+            self._row = SampleRow(
+                d.params, d.seed, d.choice, at, prompt, self.tokens[at:at], d.eos_token_ids, bad_words
+            )
         self._row.position = self.num_tokens
-        self._row.output_token_ids = self.tokens[at : self.num_tokens]
+        self._row.output_token_ids = self.output_token_ids
         return self._row
 
 
@@ -101,6 +117,7 @@ class Prepared:
     max_seq_len: int
     prefill_keys: int
     sampled: list[Mirror]
+    masks: Future[list[TokenMask]] | None  # of those of `sampled` that have a grammar, in their order
     prompt_rows: list[tuple[int, Mirror, int, int, int]]  # sequence id, mirror, first row, first position, count
 
 
@@ -112,8 +129,10 @@ class Runner:
     """
 
     def __init__(self, stage: Stage, pages: Pages, groups: Groups, sampler: Sampler | None, num_blocks: int,
-                 block_size: int, device: torch.device):  # fmt: skip
+                 block_size: int, device: torch.device, grammars: Grammars | None = None):  # fmt: skip
+        """sampler, grammars: on the last stage."""
         self.stage, self.pages, self.groups, self.sampler = stage, pages, groups, sampler
+        self._grammars = grammars
         self.num_blocks, self.block_size, self.device = num_blocks, block_size, device
         self.vocab_size = stage.config.vocab_size
         self._forward: Forward = stage
@@ -178,6 +197,8 @@ class Runner:
         if self._graphs is not None:
             self._graphs.close()
         forget_stage()
+        if self._grammars is not None:
+            self._grammars.close()
         self._mirrors.clear()
         self._arrivals.clear()
         del self.stage, self.pages, self.sampler, self._forward, self._graphs, self._upload
@@ -215,7 +236,7 @@ class Runner:
         for row in batch.rows.tolist():
             seq_id, flags = row[SEQ], row[FLAGS]
             if flags & NEW:
-                self._mirrors[seq_id] = Mirror(next(new))
+                self._mirrors[seq_id] = self._mirror(next(new))
             mirror = self._mirrors.get(seq_id)
             if mirror is None:
                 raise ValueError(f"step {batch.step} runs sequence {seq_id}, which this rank does not know")
@@ -233,6 +254,15 @@ class Runner:
                 )
             mirrors.append(mirror)
         return mirrors
+
+    def _mirror(self, description: NewSequence) -> Mirror:
+        if self._grammars is None or description.params.structured_outputs is None:
+            return Mirror(description)
+        return Mirror(description, self._grammars.open(description.params, description.eos_token_ids))
+
+    def _start_masks(self, sampled: list[Mirror]) -> Future[list[TokenMask]] | None:
+        asked = [(mirror.grammar, mirror.output_token_ids) for mirror in sampled if mirror.grammar is not None]
+        return self._grammars.start(asked) if self._grammars is not None and asked else None
 
     def _inputs(self, batch: Batch, mirrors: list[Mirror]) -> Prepared:
         rows, num_seqs = batch.rows, len(mirrors)
@@ -267,6 +297,7 @@ class Runner:
         host.query_start[: num_seqs + 1] = offsets
         host.seq_lens[:num_seqs] = ends
 
+        drawn_from = [mirrors[index] for index in sampled.tolist()]
         return Prepared(
             batch,
             bucket,
@@ -274,7 +305,8 @@ class Runner:
             max_query_len=int(counts.max()),
             max_seq_len=max_seq_len,
             prefill_keys=int(ends[counts > 1].sum()) if total > num_seqs else 0,
-            sampled=[mirrors[index] for index in sampled.tolist()],
+            sampled=drawn_from,
+            masks=self._start_masks(drawn_from),
             prompt_rows=_prompt_rows(rows, mirrors, offsets),
         )
 
@@ -289,9 +321,12 @@ class Runner:
         result = StepResult(prepared.batch.step, [])
         if prepared.sampled:
             logits = output if prepared.bucket else self.stage.logits(output[prepared.inputs.sampled])
-            drawn = self.sampler.sample(logits, [mirror.sample_row() for mirror in prepared.sampled])
+            rows = [mirror.sample_row() for mirror in prepared.sampled]
+            masks = _apply_masks(rows, prepared)
+            drawn = self.sampler.sample(logits, rows)
             if drawn is not None:
                 result.token_ids, result.logprobs = drawn.token_ids, drawn.logprobs
+                _end_texts(result, masks)
         for seq_id, mirror, first, start, count in prepared.prompt_rows:
             wanted = mirror.description.params.prompt_logprobs or 0
             for at in range(0, count, PROMPT_ROWS_AT_ONCE):
@@ -302,3 +337,24 @@ class Runner:
                 if entries is not None:
                     result.prompt_logprobs.setdefault(seq_id, []).extend(entries)
         return result if self.groups.is_sampler else None
+
+
+def _apply_masks(rows: list[SampleRow], prepared: Prepared) -> dict[int, TokenMask]:
+    """Waits for the batch's masks and gives each to its row. Returns index of the row -> its mask."""
+    if prepared.masks is None:
+        return {}
+    constrained = [index for index, mirror in enumerate(prepared.sampled) if mirror.grammar is not None]
+    masks = dict(zip(constrained, prepared.masks.result(), strict=True))
+    for index, mask in masks.items():
+        rows[index].grammar_mask, rows[index].grammar_ended = mask.words, mask.ended
+    return masks
+
+
+def _end_texts(result: StepResult, masks: dict[int, TokenMask]) -> None:
+    """Takes back the tokens of rows that no token can follow; what was drawn for them means nothing."""
+    for index, mask in masks.items():
+        if mask.words is None:
+            result.token_ids[index] = NO_TOKEN if mask.error is not None else TEXT_ENDED
+            result.logprobs[index] = None
+            if mask.error is not None:
+                result.errors[index] = mask.error

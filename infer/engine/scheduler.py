@@ -1,67 +1,36 @@
-"""Rank 0's policy: which tokens of which sequences run in the next batch. No torch, no clock, no I/O.
+"""Rank 0's policy: which tokens of which sequences run in the next batch. No torch, no I/O, and no decision by time.
 
 There are no prefill and decode phases. A sequence is a number of computed tokens catching up with a number of known
 ones; the step that reaches the last known token also draws the next.
 """
 
+import time
+from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from operator import attrgetter
 
 import numpy as np
 
-from infer.cache.blocks import BlockPool, block_hash
-from infer.engine.batch import COLUMNS, NEW, PROMPT_LOGPROBS, RESET, SAMPLE, Batch, NewSequence, StepResult
+from infer.cache.blocks import BlockPool, block_hash, root_hash
+from infer.engine.batch import (
+    COLUMNS,
+    NEW,
+    PROMPT_LOGPROBS,
+    RESET,
+    SAMPLE,
+    TEXT_ENDED,
+    Batch,
+    NewSequence,
+    StepResult,
+)
+from infer.engine.sequence import Sequence
 from infer.request import FinishReason, Output, Request, TokenLogprobs
 
 BATCHES_PER_STAGE = 4  # that the prompts at hand are spread over, per pipeline stage
 MIN_PIPELINE_TOKENS = 256  # fewer tokens in a batch make it slower per token
-
-
-class Sequence:
-    """One choice of a request on its way.
-
-    [0, num_computed) of `tokens` is in the cache or in a batch on its way there; [num_computed, len(tokens)) is next.
-    """
-
-    def __init__(self, seq_id: int, request: Request, choice: int, max_model_len: int):
-        self.seq_id, self.request, self.choice = seq_id, request, choice
-        self.params = request.params
-        self.tokens = list(request.prompt_token_ids)
-        self.num_prompt = len(self.tokens)
-        limit = self.params.max_tokens if self.params.max_tokens is not None else max_model_len
-        self.max_len = min(self.num_prompt + limit, max_model_len)
-        self.ends = frozenset(() if self.params.ignore_eos else request.eos_token_ids)
-        self.stops = frozenset(self.params.stop_token_ids or ())
-        self.wants_prompt_logprobs = choice == 0 and self.params.prompt_logprobs is not None
-        self.prompt_logprobs: dict[int, TokenLogprobs] = {}  # position -> entry
-
-        self.num_computed = 0
-        self.block_table: list[int] = []
-        self.hashes: list[bytes] = []  # of the full blocks among the known tokens, as far as asked for
-        self.num_registered = 0  # how many of block_table's blocks the prefix cache was told of
-        self.awaiting = False  # a batch on its way draws its next token
-        self.announced = False  # the ranks know it
-        self.num_announced_tokens = 0  # how many of `tokens` the ranks know
-        self.num_announced_blocks = 0
-        self.reset = False  # the ranks must drop its block table
-        self.num_cached = 0  # prompt tokens found in the prefix cache at first admission
-        self.started = False
-        self.running = False
-
-    @property
-    def num_todo(self) -> int:
-        return len(self.tokens) - self.num_computed
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether its next step is (or the one on its way was) a single generated token."""
-        return self.num_generated > 0 and self.num_computed >= len(self.tokens) - 1
 
 
 @dataclass
@@ -91,7 +60,8 @@ class _Plan:
 
 
 class Scheduler:
-    """First come, first served, under a token budget; the youngest is preempted when blocks run out.
+    """First come, first served among those of the same priority, the lowest number first, under a token budget; the
+    last of that order is preempted when blocks run out.
 
     With pp_size stages up to pp_size batches are in flight, and a batch takes at most ceil(decoding / pp_size) of the
     decoding sequences, so that every stage always has work. Results come back in the order of the batches.
@@ -107,18 +77,20 @@ class Scheduler:
         pp_size: int = 1,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ):
         assert enable_chunked_prefill or max_num_batched_tokens >= max_model_len, "a prompt would never fit a batch"
         self.pool, self.max_model_len, self.max_num_seqs = pool, max_model_len, max_num_seqs
         self.max_num_batched_tokens, self.pp_size = max_num_batched_tokens, pp_size
         self.enable_prefix_caching, self.enable_chunked_prefill = enable_prefix_caching, enable_chunked_prefill
+        self._clock = clock
         self.stats = Stats()
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: deque[Sequence] = deque()  # both in rising `order`
+        self.running: list[Sequence] = []
         self._in_flight: deque[tuple[int, _Plan]] = deque()
         self._choices: dict[str, dict[int, Sequence]] = {}  # request id -> its unfinished choices
         self._freed: list[int] = []
-        self._next_seq_id = 0
+        self._next_seq_id = self._num_arrived = 0
         self._step = 0
 
     # ------------------------------------------------------------------ requests
@@ -128,17 +100,28 @@ class Scheduler:
         if request.request_id in self._choices:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self._choices[request.request_id] = {}
+        now = self._clock()
         for choice in range(request.params.n):
-            sequence = Sequence(self._next_seq_id, request, choice, self.max_model_len)
+            sequence = Sequence(self._next_seq_id, request, choice, self.max_model_len, self._num_arrived, now)
             self._next_seq_id = (self._next_seq_id + 1) % (1 << 31)
+            self._num_arrived += 1
             self._choices[request.request_id][choice] = sequence
-            self.waiting.append(sequence)
+            self._queue(sequence)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """Ends a request, or one choice of it, without a word. An unknown id is fine: it may have just finished."""
         for sequence in list(self._choices.get(request_id, {}).values()):
             if choice is None or sequence.choice == choice:
                 self._end(sequence)
+
+    def _queue(self, sequence: Sequence) -> None:
+        """Puts it where its order wants it: mostly at the end when it comes, at the head when it was preempted."""
+        if self.waiting and sequence.order < self.waiting[0].order:
+            self.waiting.appendleft(sequence)
+        elif not self.waiting or self.waiting[-1].order < sequence.order:
+            self.waiting.append(sequence)
+        else:
+            insort(self.waiting, sequence, key=attrgetter("order"))
 
     @property
     def has_work(self) -> bool:
@@ -188,7 +171,7 @@ class Scheduler:
         return min(self.max_num_batched_tokens, max(share, MIN_PIPELINE_TOKENS))
 
     def _continue_running(self, plan: _Plan) -> bool:
-        """Adds running sequences, oldest first. True if one had to be preempted."""
+        """Adds running sequences in their order. True if one had to be preempted."""
         decode_cap = -(-sum(sequence.is_decoding for sequence in self.running) // self.pp_size)
         preempted = False
         for sequence in list(self.running):
@@ -204,9 +187,9 @@ class Scheduler:
                 continue
             while not self._grow(sequence, sequence.num_computed + count):
                 preempted = True
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                if youngest is sequence:
+                last = self.running[-1]
+                self._preempt(last)
+                if last is sequence:
                     break
             else:
                 self._schedule(plan, sequence, count)
@@ -227,7 +210,7 @@ class Scheduler:
             if num_needed > self.pool.num_free_blocks - self.pool.num_free_among(hits):
                 return
             self.waiting.popleft()
-            self.running.append(sequence)
+            insort(self.running, sequence, key=attrgetter("order"))
             sequence.running = True
             self.pool.take(hits)
             sequence.block_table = list(hits)
@@ -252,6 +235,7 @@ class Scheduler:
         if sequence.started:
             return  # resumed after preemption
         sequence.started = True
+        sequence.queue_seconds = self._clock() - sequence.arrived_at
         sequence.num_cached = num_cached
         self.stats.num_prompt_tokens += sequence.num_prompt
         if self.enable_prefix_caching:
@@ -276,7 +260,12 @@ class Scheduler:
             request = sequence.request
             plan.new.append(
                 NewSequence(
-                    request.params, request.seed, sequence.choice, sequence.num_prompt, list(request.eos_token_ids)
+                    params=request.params,
+                    seed=request.seed,
+                    choice=sequence.choice,
+                    num_prompt_tokens=sequence.num_prompt,
+                    eos_token_ids=list(request.eos_token_ids),
+                    bad_words_token_ids=request.bad_words_token_ids,
                 )
             )
         if sequence.reset:
@@ -315,17 +304,17 @@ class Scheduler:
         size = self.pool.block_size
         while len(sequence.hashes) < count:
             at = len(sequence.hashes)
-            parent = sequence.hashes[-1] if sequence.hashes else b""
+            parent = sequence.hashes[-1] if sequence.hashes else root_hash(sequence.request.cache_salt)
             sequence.hashes.append(block_hash(parent, sequence.tokens[at * size : (at + 1) * size]))
         return sequence.hashes[:count]
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue, to be computed again. A token on its way is still taken when it comes."""
+        """Back to the queue, to be computed again. A token on its way is still taken when it comes."""
         self.running.remove(sequence)
         sequence.running = False
         self._release(sequence)
         sequence.reset = sequence.announced
-        self.waiting.appendleft(sequence)
+        self._queue(sequence)
         self.stats.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
@@ -347,28 +336,28 @@ class Scheduler:
             sequence, start = plan.starts[seq_id]
             sequence.prompt_logprobs.update(enumerate(entries, start + 1))
         outputs = []
-        for sequence, token, logprobs in zip(plan.sampled, result.token_ids, result.logprobs, strict=True):
-            if self._is_live(sequence):
-                sequence.awaiting = False
-                outputs.append(self._fail(sequence) if token < 0 else self._take(sequence, token, logprobs))
+        drawn = zip(plan.sampled, result.token_ids, result.logprobs, strict=True)
+        for index, (sequence, token, logprobs) in enumerate(drawn):
+            if not self._is_live(sequence):
+                continue
+            sequence.awaiting = False
+            if token >= 0:
+                outputs.append(self._take(sequence, token, logprobs))
+            elif token == TEXT_ENDED:
+                outputs.append(self._finish(sequence))
+            else:
+                outputs.append(self._fail(sequence, result.errors.get(index)))
         return outputs
 
     def _is_live(self, sequence: Sequence) -> bool:
         return self._choices.get(sequence.request.request_id, {}).get(sequence.choice) is sequence
 
     def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> Output:
-        first = sequence.num_generated == 0
+        output = self._output(sequence)
+        output.token_ids = [token]
+        output.logprobs = None if logprobs is None else [logprobs]
         sequence.tokens.append(token)
         self.stats.num_generation_tokens += 1
-        output = Output(
-            request_id=sequence.request.request_id,
-            index=sequence.choice,
-            token_ids=[token],
-            logprobs=None if logprobs is None else [logprobs],
-            num_cached_tokens=sequence.num_cached,
-        )
-        if first and sequence.wants_prompt_logprobs:
-            output.prompt_logprobs = [sequence.prompt_logprobs.get(at) for at in range(sequence.num_prompt)]
         # The sampler draws no end or stop token before min_tokens.
         if token in sequence.stops or token in sequence.ends:
             output.finish_reason = FinishReason.STOP
@@ -379,16 +368,35 @@ class Scheduler:
             self._end(sequence)
         return output
 
-    def _fail(self, sequence: Sequence) -> Output:
-        # By content, not by its block table, which is empty if it was preempted meanwhile.
-        self.pool.forget(self.pool.known(sequence.hashes))
+    def _output(self, sequence: Sequence) -> Output:
+        """What every output of a sequence says, and what its first says besides. Before its token is counted."""
+        output = Output(
+            request_id=sequence.request.request_id, index=sequence.choice, num_cached_tokens=sequence.num_cached
+        )
+        if sequence.num_generated == 0:
+            output.queue_seconds = sequence.queue_seconds
+            if sequence.wants_prompt_logprobs:
+                output.prompt_logprobs = [sequence.prompt_logprobs.get(at) for at in range(sequence.num_prompt)]
+        return output
+
+    def _finish(self, sequence: Sequence) -> Output:
+        """Its grammar has ended, without an end token."""
+        output = self._output(sequence)
+        output.finish_reason = FinishReason.STOP
+        self._end(sequence)
+        return output
+
+    def _fail(self, sequence: Sequence, reason: str | None) -> Output:
+        """reason: why its parameters leave no token. None: its values may be unsound, which others must not read."""
+        if reason is None:
+            # By content, not by its block table, which is empty if it was preempted meanwhile.
+            self.pool.forget(self.pool.known(sequence.hashes))
+            reason = "no token could be drawn: the model's values were not finite, or the parameters leave no token"
         self._end(sequence)
         return Output(
-            request_id=sequence.request.request_id,
-            index=sequence.choice,
-            finish_reason=FinishReason.ERROR,
-            error="no token could be drawn: the model's values were not finite, or the parameters leave no token",
-        )
+            request_id=sequence.request.request_id, index=sequence.choice, finish_reason=FinishReason.ERROR,
+            error=reason,
+        )  # fmt: skip
 
     def _end(self, sequence: Sequence) -> None:
         choices = self._choices[sequence.request.request_id]

@@ -16,6 +16,7 @@ import torch
 from infer import launch, ops_cuda
 from infer.cache import pages
 from infer.config import EngineConfig
+from infer.engine.grammar import Grammars, make_grammars
 from infer.engine.graphs import CudaCapture, largest_batch, reserved_bytes, why_off
 from infer.engine.runner import Runner
 from infer.engine.sampler import Sampler
@@ -42,12 +43,12 @@ class Phases:
     """Runs named start-up phases. All ranks finish a phase, or all learn which rank failed and why.
 
     A rank reports through the store, so that one that fails never leaves the others in a collective.
-    exit_on_error: a rank other than 0 that fails ends its process at once (a server, which torchrun then ends as a
-    whole); otherwise it reports, and rank 0 raises (a script, which may go on).
+    is_server: a rank other than 0 that fails ends its process at once, and torchrun then ends the server as a whole;
+    in a script it reports, and rank 0 raises, which may go on.
     """
 
-    def __init__(self, world: World, name: str, exit_on_error: bool, progress: Callable[[str], None] | None = None):
-        self._world, self._name, self._exit_on_error = world, name, exit_on_error
+    def __init__(self, world: World, name: str, is_server: bool, progress: Callable[[str], None] | None = None):
+        self._world, self._name, self.is_server = world, name, is_server
         self._progress = progress or (lambda phase: None)
         self.seconds: dict[str, float] = {}
 
@@ -79,7 +80,7 @@ class Phases:
             if error is not None:
                 raise StartupError(error)
             return
-        if error is not None and self._exit_on_error and world.rank != 0:
+        if error is not None and self.is_server and world.rank != 0:
             launch.fail(f"rank {world.rank}: {error}", world.env)
         key = f"{self._name}/{phase}"
         world.store.set(f"{key}/{world.rank}", error or "")
@@ -172,8 +173,10 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
             "measuring memory", lambda: _measure(world, config, model_config, stage, groups), collective=True
         )
         num_blocks = _agree_on_blocks(config, groups, stage, room.cache, max_model_len)
+        grammars = make_grammars(config, path, groups, model_config.vocab_size, torch.get_num_threads())
         runner = phases.run(
-            "allocating the KV cache", lambda: _make_runner(world, config, model_config, groups, stage, num_blocks)
+            "allocating the KV cache",
+            lambda: _make_runner(world, config, model_config, groups, stage, num_blocks, grammars),
         )
         undo.callback(runner.close)
         phases.run(
@@ -183,20 +186,23 @@ def build(world: World, config: EngineConfig, phases: Phases) -> Built:
     except ValueError as error:
         undo.close()
         raise StartupError(str(error)) from None
+    if phases.is_server and grammars is not None:
+        grammars.warm()  # else the first grammar's batch, and so its neighbours, would wait for it
     if world.rank == 0:
         _log_capacity(num_blocks * config.block_size, max_model_len)
     return Built(model_config, max_model_len, num_blocks, groups, runner)
 
 
 def _make_runner(
-    world: World, config: EngineConfig, model_config: ModelConfig, groups: Groups, stage: Stage, num_blocks: int
-) -> Runner:
+    world: World, config: EngineConfig, model_config: ModelConfig, groups: Groups, stage: Stage, num_blocks: int,
+    grammars: Grammars | None,
+) -> Runner:  # fmt: skip
     memory = pages.allocate(
         num_blocks, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers,
         getattr(torch, model_config.dtype), world.device,
     )
     sampler = Sampler(groups.tp, stage.vocab_starts) if groups.is_last_stage else None
-    return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device)
+    return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device, grammars)
 
 
 def _choose_forward(config: EngineConfig, runner: Runner, max_model_len: int, graph_pool: int | None) -> None:

@@ -1,10 +1,12 @@
-"""The line that says how the engine is doing, and the figures behind it."""
+"""The line that says how the engine is doing, and the figures behind it and behind the metrics."""
 
 import logging
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 from infer.engine.scheduler import Scheduler, Stats
+from infer.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,71 @@ class Clock:
     @property
     def seconds(self) -> float:
         return self._total + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's store."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
+
+class Heart:
+    """Rank > 0: tells rank 0, through the store, that this rank's main loop goes round, and its busy seconds.
+
+    Only the main loop may call beat(): a thread beside it would go on beating for a loop that hangs.
+    """
+
+    def __init__(self, store: Store, name: str, rank: int) -> None:
+        self._store, self._key = store, _key(name, rank)
+        self._count = 0
+
+    def beat(self, busy_seconds: float) -> None:
+        self._count += 1
+        self._store.set(self._key, f"{self._count} {busy_seconds:.6f}")
+
+
+class Heartbeats:
+    """Rank 0: what the other ranks' hearts said last, and how long ago it was heard.
+
+    To be built once every rank has beaten, since reading waits for the first beat. Ages are on rank 0's clock alone,
+    from when a new beat was first read; so they are at most the interval between two reads too small.
+    """
+
+    def __init__(self, store: Store | None, name: str, topology: Topology) -> None:
+        self._store = store
+        self._keys = [_key(name, rank) for rank in range(1, topology.world_size)]
+        self._stage_leaders = [topology.rank(pp, 0) for pp in range(topology.pp_size)]
+        self._beats = [""] * topology.world_size
+        self._heard = [time.monotonic()] * topology.world_size
+        self._busy = [0.0] * topology.world_size
+
+    def read(self, own_busy_seconds: float) -> None:
+        """Asks the store, in one round trip. own_busy_seconds: rank 0's."""
+        now = time.monotonic()
+        self._heard[0], self._busy[0] = now, own_busy_seconds
+        if self._store is None or not self._keys:
+            return
+        for rank, value in enumerate(self._store.multi_get(self._keys), 1):
+            beat, busy = value.decode().split()
+            if beat != self._beats[rank]:
+                self._beats[rank], self._heard[rank], self._busy[rank] = beat, now, float(busy)
+
+    @property
+    def ages(self) -> list[float]:
+        """Seconds since each rank was heard from, as of now."""
+        now = time.monotonic()
+        return [now - heard for heard in self._heard]
+
+    @property
+    def stage_busy(self) -> list[float]:
+        """Busy seconds of each stage: of its tensor-parallel rank 0."""
+        return [self._busy[rank] for rank in self._stage_leaders]
+
+
+def _key(name: str, rank: int) -> str:
+    return f"{name}/beat/{rank}"
 
 
 class ThroughputLog:

@@ -19,6 +19,7 @@ from infer.parallel.hosts import AcrossHosts
 from infer.parallel.shm import SharedMemory
 from infer.parallel.shm_pipe import SharedPipe
 from infer.parallel.topology import Topology
+from infer.parallel.watchdog import Watchdog
 
 # Idle followers sit in the world group's broadcast for as long as nobody asks anything; rank 0 sends an empty message
 # now and then, so this bounds only how long a lost rank 0 host can go unnoticed.
@@ -215,15 +216,20 @@ class Frames:
 
 
 class World:
-    """All ranks that torchrun started, joined for the life of the process."""
+    """All ranks that torchrun started, joined for the life of the process.
+
+    watchdog: does nothing until it is started, on all ranks.
+    """
 
     def __init__(self, env: RankEnv, device: torch.device):
         self.env, self.rank, self.size, self.device = env, env.rank, env.world_size, device
         self.store: PrefixStore | None = None
+        self.watch_group: dist.ProcessGroup | None = None  # the watchdog's own
         self._group: dist.ProcessGroup | None = None
         if env.world_size > 1:
             self._join()
         self.frames = Frames(self._broadcast)
+        self.watchdog = Watchdog(self)
 
     def _join(self) -> None:
         env = self.env
@@ -235,6 +241,7 @@ class World:
             "gloo", store=self.store, rank=env.rank, world_size=env.world_size, timeout=WORLD_TIMEOUT
         )
         self._group = dist.new_group(backend="gloo", timeout=WORLD_TIMEOUT)
+        self.watch_group = dist.new_group(backend="gloo", timeout=WORLD_TIMEOUT)
 
     def _broadcast(self, frame: torch.Tensor) -> None:
         if self._group is not None:
@@ -245,6 +252,8 @@ class World:
             dist.barrier(group=dist.group.WORLD)
 
     def destroy(self) -> None:
+        """Ends the world; all ranks call it. One that is lost before all have ends this process, by the watchdog."""
+        self.watchdog.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

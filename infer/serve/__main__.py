@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 4 -m infer.serve --model DIR -tp 2 -pp 2
 """
 
+import dataclasses
 import logging
 import os
 import queue
@@ -20,7 +21,7 @@ from infer.serve.timeline import Timeline
 
 if TYPE_CHECKING:
     from infer.engine.loop import Engine
-    from infer.serve.link import FrontendHandle
+    from infer.serve.spawn import FrontendHandle
 
 logger = logging.getLogger("infer.serve")
 
@@ -46,10 +47,15 @@ def main() -> None:
 
 
 def parse(argv: list[str]) -> tuple[EngineConfig, ServerConfig]:
-    """The command line as configs. Raises ValueError."""
-    parser = Parser(prog="python -m infer.serve", description=(__doc__ or "").splitlines()[0])
+    """The command line, and the file it names, as configs. Raises ValueError."""
+    # allow_abbrev: an abbreviated --config would be taken for a flag like any other, and its file not be read.
+    parser = Parser(prog="python -m infer.serve", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     add_flags(parser, EngineConfig)
     add_flags(parser, ServerConfig)
+    if any(argument.partition("=")[0] == "--config" for argument in argv):
+        from infer.config_file import add_config_file  # YAML's reader is not imported for nothing
+
+        add_config_file(parser, argv)
     args = parser.parse_args(argv)
     return from_args(args, EngineConfig), from_args(args, ServerConfig)
 
@@ -101,10 +107,13 @@ class Server:
         from infer.hub import existing_directory, served_name
         from infer.models.source import tokenizer_path
         from infer.parallel.topology import Topology
+        from infer.serve.options import KEY_VARIABLE, read_api_keys, without_secrets
 
-        config, program = self._config, f"-m infer.serve {shlex.join(sys.argv[1:])}"
+        self._server = dataclasses.replace(self._server, api_key=read_api_keys(self._server) or None)
+        os.environ.pop(KEY_VARIABLE, None)  # no process but the frontend needs it, and that one is told
+        config, program = self._config, f"-m infer.serve {shlex.join(without_secrets(sys.argv[1:]))}"
         Topology.resolve(self._env.world_size, config.tensor_parallel_size, config.pipeline_parallel_size, program)
-        self._name = self._server.served_model_name or served_name(config.model)
+        self._names = self._server.served_model_name or (served_name(config.model),)
         model_path = existing_directory(config.model)
         tokenizer_directory = existing_directory(config.tokenizer or config.model)
         if model_path and tokenizer_directory:
@@ -160,8 +169,14 @@ class Server:
                     self._handle_message(engine, self._inbox.get(timeout=1.0))
                 except queue.Empty:
                     engine.log_stats()
+                self._send_stats(engine)
             if outputs := engine.step():
                 self._link.send(Outputs(items=outputs))
+            self._send_stats(engine)
+
+    def _send_stats(self, engine: "Engine") -> None:
+        if engine.stats_due:
+            self._link.send(engine.stats_message())
 
     def _handle_message(self, engine: "Engine", message: Any) -> None:
         from infer.request import FinishReason, Output, check_prompt
@@ -190,11 +205,13 @@ class Server:
     # ------------------------------------------------------------------ the frontend
 
     def _spawn_frontend(self) -> None:
-        from infer.serve.link import spawn_frontend
+        from infer.serve.options import frontend_config
+        from infer.serve.spawn import spawn_frontend
 
         self._frontend_starts.append(time.monotonic())
         port_wait = PORT_WAIT_SECONDS if self._env.restart_count else 0.0
-        self._handle = spawn_frontend(self._server, *self._paths, self._name, port_wait)
+        settings = frontend_config(self._config, self._server, self._names, *self._paths, port_wait)
+        self._handle = spawn_frontend(settings)
 
     def _connect(self) -> None:
         """Waits for the frontend and connects to it. Raises ValueError where it cannot start."""
@@ -210,10 +227,15 @@ class Server:
         self._link.send(
             Hello(
                 generation=self._env.restart_count,
-                model_name=self._name,
+                model_name=self._names[0],
                 max_model_len=engine.max_model_len,
                 vocab_size=engine.model_config.vocab_size,
                 eos_token_ids=list(engine.model_config.eos_token_ids),
+                scheduling_policy=engine.config.scheduling_policy,
+                num_ranks=self._env.world_size,
+                num_stages=engine.config.pipeline_parallel_size,
+                num_kv_blocks=engine.built.num_blocks,
+                block_size=engine.config.block_size,
             )
         )
 

@@ -1,49 +1,58 @@
-"""The HTTP routes: a body becomes engine requests, their outputs become a reply or a stream. No torch here."""
+"""The routes that generate: a body becomes engine requests, their outputs become a reply or a stream. No torch here."""
 
-import logging
-import secrets
 import uuid
+from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
-from infer.request import Request, SamplingParams, check_token_ids
+from infer.request import Request
+from infer.serve.chat_format import ChatFormat
 from infer.serve.client import EngineClient
-from infer.serve.errors import bad_request, too_long
-from infer.serve.generation import Generation, reply_stream, reply_whole, too_many_logprobs
-from infer.serve.link import Hello
+from infer.serve.generation import Generation, reply_stream, reply_whole
+from infer.serve.link import FrontendConfig
 from infer.serve.offload import Offload
+from infer.serve.prompting import Prompting
 from infer.serve.render import Prompt, Reply
 from infer.serve.render_chat import ChatReply
 from infer.serve.render_completion import CompletionReply
-from infer.serve.schema import MAX_LOGPROB_ENTRIES, Body, SamplingBody, parse
+from infer.serve.request_log import log_request
+from infer.serve.schema import REQUEST_ID, Checked, SamplingBody, parse
 from infer.serve.schema_chat import ChatBody
 from infer.serve.schema_completion import CompletionBody
 from infer.serve.text import Tokenizer
+from infer.serve.tokenize import TokenizeRoutes
 from infer.serve.upload import SMALL_BODY_BYTES, BodyReader
 
-MAX_INLINE_CHARS = 20_000  # longer texts are tokenized off the event loop
-MAX_INLINE_TOKENS = 100_000  # more prompt tokens are checked off the event loop
-
-logger = logging.getLogger("infer.frontend")
+REQUEST_ID_HEADER = "X-Request-Id"
 
 
 class Api:
-    """The routes that generate, over one tokenizer and one engine.
+    """The routes that work with the model's text, over one tokenizer and one engine.
 
-    num_open: generations under way. max_logprobs: most alternatives a request may ask for.
+    num_open: generations under way. settings: what the server's flags say.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, max_logprobs: int) -> None:
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, settings: FrontendConfig) -> None:
         self.num_open = 0
-        self._max_logprobs = max_logprobs
+        self._settings = settings
         self._client = client
         self._tokenizer = tokenizer
         self._offload = Offload()
-        self._bodies = BodyReader()
+        self._bodies = BodyReader(settings.max_body_bytes)
+        self._defaults, default_max_tokens = _sampling_defaults(settings.default_sampling)
+        self._prompting = Prompting(tokenizer, Path(settings.tokenizer_path), self._offload, default_max_tokens)
+        self._format = ChatFormat(
+            tokenizer, enable_auto_tool_choice=settings.enable_auto_tool_choice,
+            tool_call_parser=settings.tool_call_parser, reasoning_parser=settings.reasoning_parser,
+            response_role=settings.response_role,
+        )  # fmt: skip
+        self._tokenize = TokenizeRoutes(client, tokenizer, self._prompting, self._bodies, self._offload)
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         router.add_post("/v1/completions", self.completions)
         router.add_post("/v1/chat/completions", self.chat_completions)
+        self._tokenize.add_routes(router)
 
     def close(self) -> None:
         """Ends the threads that heavy work was done in."""
@@ -51,94 +60,45 @@ class Api:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         hello = self._client.ready()
-        body = await self._body(request, CompletionBody)
+        body, _ = await self._body(request, CompletionBody)
         texts = [text for text in body.prompt if isinstance(text, str)]
         if texts:
-            encoded = await self._encode(texts, body.add_special_tokens, hello)
-            prompts = [Prompt(ids, text) for ids, text in zip(encoded, texts, strict=True)]
+            prompts = await self._prompting.text_prompts(texts, body.add_special_tokens, body, hello)
         else:
-            prompts = [Prompt(ids) for ids in body.prompt]
-        requests = await self._requests(body, prompts, hello)
-        for prompt in prompts:
-            if body.echo and prompt.text is None:  # only after check_prompt: any integer might stand there
-                prompt.text = self._tokenizer.decode(prompt.token_ids, skip_special_tokens=body.skip_special_tokens)
-        reply_id = CompletionReply.id_prefix + uuid.uuid4().hex
+            prompts = self._prompting.token_prompts(body.prompt, body, hello)
+        requests = await self._prompting.requests(body, prompts, hello)
+        reply_id = CompletionReply.id_prefix + _base_id(request, body)
         reply = CompletionReply(reply_id, self._client.model_name, self._tokenizer, body)
         return await self._generate(request, body, prompts, requests, reply)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         hello = self._client.ready()
-        body = await self._body(request, ChatBody)
-        text = await self._render(body, hello)
-        [token_ids] = await self._encode([text], body.add_special_tokens, hello)
-        prompts = [Prompt(token_ids, text)]
-        requests = await self._requests(body, prompts, hello)
-        reply_id = ChatReply.id_prefix + uuid.uuid4().hex
+        body, num_bytes = await self._body(request, ChatBody)
+        body.prepare(self._format)
+        prompts = [await self._prompting.chat_prompt(body, num_bytes, hello)]
+        requests = await self._prompting.requests(body, prompts, hello)
+        reply_id = ChatReply.id_prefix + _base_id(request, body)
         reply = ChatReply(reply_id, self._client.model_name, self._tokenizer, body)
         return await self._generate(request, body, prompts, requests, reply)
 
-    async def _body(self, request: web.Request, kind: type[Body]) -> Body:
+    async def _body(self, request: web.Request, kind: type[Checked]) -> tuple[Checked, int]:
+        """A checked body and how many bytes it had. Raises ApiError."""
         data = await self._bodies.read(request)
-        body = await self._offload.run(len(data) > SMALL_BODY_BYTES, lambda: parse(data, kind))
+        body = await self._offload.run(len(data) > SMALL_BODY_BYTES, lambda: parse(data, kind, self._defaults))
         self._client.check_model(body.model)
-        body.check_logprobs(self._max_logprobs)
-        return body
-
-    async def _render(self, body: ChatBody, hello: Hello) -> str:
-        size = sum(len(message["content"]) for message in body.messages)
-        self._check_chars(size, hello)
-
-        def render() -> str:
-            return self._tokenizer.apply_chat_template(
-                body.messages, body.generation_prompt, continue_final_message=body.continue_final_message,
-                **body.chat_template_kwargs,
-            )  # fmt: skip
-
-        try:
-            heavy = size + 100 * len(body.messages) > MAX_INLINE_CHARS or bool(body.chat_template_kwargs)
-            return await self._offload.run(heavy, render)
-        except ValueError as error:
-            raise bad_request(str(error), "messages") from None
-
-    async def _encode(self, texts: list[str], add_special_tokens: bool, hello: Hello) -> list[list[int]]:
-        """Token ids of each text. Long texts are done off the event loop, so that other streams go on."""
-        for text in texts:
-            self._check_chars(len(text), hello)
-
-        def encode() -> list[list[int]]:
-            return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
-
-        try:
-            return await self._offload.run(sum(map(len, texts)) > MAX_INLINE_CHARS, encode)
-        except ValueError as error:
-            raise bad_request(str(error)) from None
-
-    def _check_chars(self, num_chars: int, hello: Hello) -> None:
-        """Some inputs are slow to tokenize: what cannot fit however it splits is refused before."""
-        most = hello.max_model_len * self._tokenizer.max_token_chars
-        if num_chars > most:
-            raise bad_request(
-                f"the prompt has {num_chars} characters; {hello.max_model_len} tokens hold at most {most}",
-                code="context_length_exceeded",
-            )
-
-    async def _requests(self, body: SamplingBody, prompts: list[Prompt], hello: Hello) -> list[Request]:
-        """One engine request a prompt, each checked whole: the engine never sees a bad one. Raises ApiError."""
-        num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        num_entries = body.num_prompt_logprobs_shown * ((body.num_prompt_logprobs or 0) + 1) * num_tokens
-        # What is not known before, because max_tokens is not, is counted as it comes; a stream holds none.
-        if body.max_new_tokens is not None and body.num_logprobs is not None and not body.stream:
-            num_entries += body.num_choices * (body.num_logprobs + 1) * body.max_new_tokens
-        if num_entries > MAX_LOGPROB_ENTRIES:
-            raise too_many_logprobs(num_entries)
-        return await self._offload.run(num_tokens > MAX_INLINE_TOKENS, lambda: _engine_requests(body, prompts, hello))
+        body.check_logprobs(self._settings.max_logprobs)
+        return body, len(data)
 
     async def _generate(
         self, http: web.Request, body: SamplingBody, prompts: list[Prompt], requests: list[Request], reply: Reply
     ) -> web.StreamResponse:
+        if self._settings.enable_log_requests:
+            log_request(http.path, reply.id, requests)
+        reply.system_fingerprint = self._settings.system_fingerprint or None
         # The transport's buffer is what a slow client fills; aborting it ends a write that waits for it.
         abort = http.transport.abort if body.stream and http.transport is not None else None
-        generation = Generation(self._client, body, prompts, requests, self._tokenizer, abort)
+        timeout_s = self._settings.request_timeout
+        generation = Generation(self._client, body, prompts, requests, self._tokenizer, abort, timeout_s)
         self.num_open += 1
         try:
             if body.stream:
@@ -149,35 +109,21 @@ class Api:
             generation.close()
 
 
-def _engine_requests(body: SamplingBody, prompts: list[Prompt], hello: Hello) -> list[Request]:
-    requests, job_id = [], uuid.uuid4().hex
-    params_of: dict[int, SamplingParams] = {}  # checking them may take long: once for each max_tokens
-    for i, prompt in enumerate(prompts):
-        max_tokens = _max_tokens(body, len(prompt.token_ids), hello.max_model_len)
-        try:
-            if max_tokens not in params_of:
-                params_of[max_tokens] = body.sampling_params(max_tokens)
-                params_of[max_tokens].check_vocabulary(hello.vocab_size)
-            check_token_ids(prompt.token_ids, hello.vocab_size, hello.max_model_len)
-        except ValueError as error:
-            raise bad_request(str(error)) from None
-        seed = secrets.randbits(63) if body.seed is None else body.seed
-        requests.append(
-            Request(
-                request_id=f"{job_id}-{i}", prompt_token_ids=prompt.token_ids, params=params_of[max_tokens], seed=seed,
-                eos_token_ids=hello.eos_token_ids,
-            )
-        )  # fmt: skip
-    return requests
+def _base_id(http: web.Request, body: SamplingBody) -> str:
+    """What the reply's id ends in: the body's request_id, the X-Request-Id header if it can stand in one, or a new one.
+
+    It is left in http["request_id"], for the headers and the log.
+    """
+    header = http.headers.get(REQUEST_ID_HEADER, "")
+    http["request_id"] = body.request_id or (header if REQUEST_ID.fullmatch(header) else uuid.uuid4().hex)
+    return http["request_id"]
 
 
-def _max_tokens(body: SamplingBody, num_prompt: int, max_model_len: int) -> int:
-    """Raises ApiError where prompt and new tokens together exceed the context."""
-    wanted = body.max_new_tokens
-    if num_prompt >= max_model_len:
-        raise too_long(num_prompt, None, max_model_len)
-    if wanted is None:
-        return max_model_len - num_prompt
-    if num_prompt + wanted > max_model_len:
-        raise too_long(num_prompt, wanted, max_model_len)
-    return wanted
+def _sampling_defaults(checkpoint: dict[str, float]) -> tuple[dict[str, Any], int | None]:
+    """What the checkpoint recommends as defaults of bodies, and apart from them max_tokens: it limits what a body
+    leaves open by the context, and does not replace OpenAI's 16 for completions."""
+    defaults: dict[str, Any] = dict(checkpoint)
+    max_tokens = defaults.pop("max_tokens", None)
+    if "top_k" in defaults:
+        defaults["top_k"] = int(defaults["top_k"])
+    return defaults, None if max_tokens is None else int(max_tokens)

@@ -5,14 +5,16 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterable, Sequence
 
-from infer.request import Output, Request, TokenLogprobs
+from infer.request import FinishReason, Output, Request, TokenLogprobs
 from infer.serve.errors import ApiError, model_not_found
 from infer.serve.link import (
     HEADER,
     Abort,
     Bye,
+    EngineStats,
     Hello,
     LinkError,
     Message,
@@ -23,12 +25,18 @@ from infer.serve.link import (
     encode_frame,
     frame_length,
 )
+from infer.serve.metrics import Metrics
 
 # What earlier frames may have left waiting for a client that reads too slowly when another comes: tokens and
 # log-probabilities, some 100 bytes each.
 MAX_PENDING_ENTRIES = 1 << 16
 MAX_PENDING_WHILE_RENDERING = 1 << 18  # then it is the frontend that is slow
 DISCONNECT_S = 1.0
+# The engine sends something after every step and every second without one. The longest steps, large prompts on a CPU,
+# take seconds.
+MAX_SILENCE_S = 30.0
+MAX_QUEUED_REQUESTS = 2048
+QUEUE_RETRY_S = 2  # what a client that found the queue full is told to wait
 
 logger = logging.getLogger("infer.frontend")
 
@@ -98,21 +106,45 @@ def num_logprobs(entries: Iterable[TokenLogprobs | None] | None) -> int:
 class EngineClient:
     """The engine as the HTTP routes see it: whether it is ready, and a way to start, end and drop requests.
 
-    All methods run on the event loop's thread. model_name: what Hello must say, so that a frontend never serves another
-    model's engine.
+    All methods run on the event loop's thread. model_names: what clients may call the model; the first is what Hello
+    must say, so that a frontend never serves another model's engine. max_queued: prompts that may wait for their first
+    token. stats: the engine's latest figures, which came at stats_time (time.monotonic()).
     """
 
-    def __init__(self, model_name: str) -> None:
-        self.model_name = model_name
+    def __init__(
+        self, *model_names: str, max_queued: int = MAX_QUEUED_REQUESTS, metrics: Metrics | None = None
+    ) -> None:
+        self.model_names = model_names
+        self.metrics = metrics or Metrics(model_names[0])
         self.phase = "waiting for the engine"
         self.hello: Hello | None = None
         self.connected = asyncio.Event()  # set once, with the first Hello
         self.lost = asyncio.Event()  # set once, when an engine that was connected is gone
         self.lost_reason = ""
+        self.stats: EngineStats | None = None
+        self.stats_time = 0.0
+        self._max_queued = max_queued
         self._writer: asyncio.StreamWriter | None = None
         self._idle = asyncio.Event()  # set while no engine is connected
         self._idle.set()
         self._jobs: dict[str, Job] = {}
+        self._queued: set[str] = set()  # of these, requests whose first token has not come; a subset of _jobs
+        self._heard = 0.0  # when the engine last sent anything, or was given work after having none
+
+    @property
+    def model_name(self) -> str:
+        """The name shown in replies."""
+        return self.model_names[0]
+
+    @property
+    def num_queued(self) -> int:
+        """Prompts that wait for their first token."""
+        return len(self._queued)
+
+    @property
+    def num_jobs(self) -> int:
+        """HTTP requests that the engine works on."""
+        return len({id(job) for job in self._jobs.values()})
 
     def ready(self) -> Hello:
         """The engine's description. Raises ApiError (503) that names the start-up phase while there is none."""
@@ -121,22 +153,55 @@ class EngineClient:
             raise ApiError(503, message, type="service_unavailable", code="not_ready", headers={"Retry-After": "1"})
         return self.hello
 
+    def check_alive(self) -> None:
+        """Raises ApiError (503), which names the rank, unless every rank was heard from lately: rank 0 itself while it
+        has work, the others always, as far as it says when it heard from them.
+        """
+        self.ready()
+        ages = [] if self.stats is None else self.stats.heartbeat_ages
+        silence = dict(enumerate(ages)) | {0: time.monotonic() - self._heard if self._jobs else 0.0}
+        rank, seconds = max(silence.items(), key=lambda item: item[1])
+        if seconds > MAX_SILENCE_S:
+            message = f"rank {rank} was last heard from {seconds:.0f} s ago"
+            raise ApiError(503, message, type="service_unavailable", code="rank_silent")
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError (404) unless a request that names this model may be served here; None names none."""
-        if name is not None and name != self.model_name:
+        if name is not None and name not in self.model_names:
             raise model_not_found(name, self.model_name)
 
     def start(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None) -> Job:
-        """Hands requests to the engine. on_overflow is called when their reader falls too far behind."""
+        """Hands requests to the engine. on_overflow is called when their reader falls too far behind.
+
+        Raises ApiError: 503 without an engine, 429 where as many prompts wait as may.
+        """
         self.ready()
+        self._check_queue()
         job = Job(requests, on_overflow)
+        if not self._jobs:
+            self._heard = time.monotonic()
         for request in requests:
             self._jobs[request.request_id] = job
+            self._queued.add(request.request_id)
+            self.metrics.request_started(request)
             self._send(Submit(request=request))
         return job
 
-    def drop_choice(self, job: Job, request_id: str, index: int) -> None:
+    def _check_queue(self) -> None:
+        """One HTTP request's prompts come in together: even a short queue takes a long list once it is empty."""
+        if len(self._queued) >= self._max_queued:
+            message = (
+                f"{len(self._queued)} prompts wait already, the most this server queues (--max-num-queued-reqs "
+                f"{self._max_queued}); try again later"
+            )
+            raise ApiError(
+                429, message, type="rate_limit_error", code="rate_limit_exceeded",
+                headers={"Retry-After": str(QUEUE_RETRY_S)},
+            )  # fmt: skip
+
+    def drop_choice(self, job: Job, request_id: str, index: int, finish_reason: str = FinishReason.STOP) -> None:
         """The client has all it wants of this choice; the engine stops working on it unless it has ended it already."""
+        self.metrics.choice_finished(request_id, index, finish_reason)
         if index in job.open[request_id]:
             job.open[request_id].discard(index)
             self._send(Abort(request_id=request_id, index=index))
@@ -147,6 +212,8 @@ class EngineClient:
             self._end(job, request_id)
 
     def _end(self, job: Job, request_id: str) -> None:
+        self._queued.discard(request_id)
+        self.metrics.request_closed(request_id)
         if self._jobs.pop(request_id, None) is not None and job.open[request_id]:
             self._send(Abort(request_id=request_id))
 
@@ -167,6 +234,7 @@ class EngineClient:
             while True:
                 header = await reader.readexactly(HEADER.size)
                 message = decode_from_engine(await reader.readexactly(frame_length(header)))
+                self._heard = time.monotonic()
                 if isinstance(message, Bye):
                     reason = f"the engine has ended: {message.reason}"
                 else:
@@ -192,12 +260,16 @@ class EngineClient:
                     self._end_if_overflowing(job)
                 for output in message.items:
                     self._dispatch(output)
+            case EngineStats():
+                self.stats, self.stats_time = message, time.monotonic()
+                self.metrics.engine_stats(message)
             case Progress():
                 self.phase = message.phase
             case Hello():
                 if message.model_name != self.model_name:
                     raise LinkError(f"it serves {message.model_name!r}, this frontend {self.model_name!r}")
                 self.hello = message
+                self.metrics.engine_started(message)
                 self.phase = "ready"
                 self.connected.set()
 
@@ -207,6 +279,8 @@ class EngineClient:
             return  # dropped while this was on its way
         if not 0 <= output.index < job.requests[output.request_id].params.n:
             raise LinkError(f"request {output.request_id} has no choice {output.index}")
+        self._queued.discard(output.request_id)
+        self.metrics.output(output)
         job.put(output)
 
     def _end_if_overflowing(self, job: Job) -> None:
@@ -219,6 +293,7 @@ class EngineClient:
     def fail_all(self, reason: str) -> None:
         """The engine is gone, or the server is ending: every job fails with this reason, and no new one starts."""
         self.hello = None
+        self.metrics.engine_lost()
         self.phase = reason
         for job in set(self._jobs.values()):
             job.fail(ApiError(503, reason, type="service_unavailable", code="engine_gone"))

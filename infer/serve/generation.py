@@ -26,20 +26,22 @@ class Generation:
     """One HTTP request's choices while the engine works on them.
 
     A whole reply holds all its log-probabilities, so they are counted as they come: the number of tokens need not be
-    known before. A stream holds none.
+    known before. A stream holds none. timeout_s: how long all of it may take (--request-timeout); None: for ever.
     """
 
     def __init__(
         self, client: EngineClient, body: SamplingBody, prompts: list[Prompt], requests: list[Request],
-        tokenizer: Tokenizer, on_overflow: Callable[[], None] | None,
+        tokenizer: Tokenizer, on_overflow: Callable[[], None] | None, timeout_s: float | None = None,
     ) -> None:  # fmt: skip
         self._client = client
+        self._timeout_s = timeout_s
+        self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self.prompts = prompts
         self._first_choice = {request.request_id: i * request.params.n for i, request in enumerate(requests)}
         self.choices = [
             Choice(
                 i * request.params.n + k, prompt, request, tokenizer, only_scores=body.only_scores,
-                keep_logprobs=not body.stream,
+                keep=not body.stream,
             )
             for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
             for k in range(request.params.n)
@@ -60,10 +62,18 @@ class Generation:
     async def step(self) -> list[tuple[Choice, Delta]]:
         """Waits for outputs; returns what they add to each choice, in order. Raises ApiError where one failed."""
         steps = []
-        for output in self._usable(await self.job.take()):
+        for output in self._usable(await self._take()):
             if self._choice(output).finish_reason is None:  # else a stop string ended it, earlier in these outputs
                 steps.append(self._accept(output))
         return steps
+
+    async def _take(self) -> list[Output]:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self.job.take()
+        except TimeoutError:
+            message = f"the request took longer than {self._timeout_s:g} s (--request-timeout of this server)"
+            raise ApiError(408, message, type="timeout_error", code="timeout") from None
 
     def _usable(self, outputs: list[Output]) -> list[Output]:
         """Outputs whose prompt's log-probabilities are there, where they were asked for."""
@@ -87,13 +97,13 @@ class Generation:
             raise ApiError(500, message, type="server_error", code="engine_error")
         choice.prompt.num_cached_tokens = max(choice.prompt.num_cached_tokens, output.num_cached_tokens)
         delta = choice.accept(output)
-        if choice.keep_logprobs:
+        if choice.keep:
             self._num_kept += num_logprobs(delta.logprobs)
             if self._num_kept > MAX_LOGPROB_ENTRIES:
                 raise too_many_logprobs(self._num_kept)
         if choice.finish_reason is not None:
             self._num_running -= 1
-            self._client.drop_choice(self.job, output.request_id, output.index)
+            self._client.drop_choice(self.job, output.request_id, output.index, choice.finish_reason)
         return choice, delta
 
     def close(self) -> None:

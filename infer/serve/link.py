@@ -1,38 +1,29 @@
 """The link between rank 0's engine and the frontend process, as the engine sees it. No torch here.
 
-Messages and their frames, the engine's end (EngineLink), and starting the frontend (start_frontend). The frontend
-listens on a Unix socket, the engine connects. A frame is a 4-byte little-endian length and as many bytes of
-MessagePack: one tagged struct.
+Messages and their frames, the engine's end (EngineLink), and what the frontend is told as it starts (FrontendConfig).
+The frontend listens on a Unix socket, the engine connects. A frame is a 4-byte little-endian length and as many bytes
+of MessagePack: one tagged struct.
 """
 
 import collections
 import contextlib
-import os
-import select
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-import infer
 from infer.config import ServerConfig
 from infer.request import FinishReason, Output, Request
 
 MAX_FRAME_BYTES = 256 << 20
 MAX_OUTPUTS_PER_FRAME = 1024
 HEADER = struct.Struct("<I")
-SOCKET_NAME = "engine.sock"
-DIRECTORY_PREFIX = "infer-"
-MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
 
 
 class LinkError(ValueError):
@@ -58,13 +49,44 @@ class Abort(_Message):
 
 
 class Hello(_Message):
-    """Engine to frontend, once the ranks are ready: requests may come. generation counts the engine's restarts."""
+    """Engine to frontend, once the ranks are ready: requests may come. generation counts the engine's restarts.
+
+    model_name: the first of the served names. num_kv_blocks of block_size tokens each: what the KV cache holds.
+    """
 
     generation: int
     model_name: str
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int]
+    scheduling_policy: str = "fcfs"
+    num_ranks: int = 1
+    num_stages: int = 1
+    num_kv_blocks: int = 0
+    block_size: int = 0
+
+
+class EngineStats(_Message):
+    """Engine to frontend, at least once a second while its loop turns: how the engine is doing.
+
+    Counts and seconds are totals since this generation of the engine began. kv_cache_usage: share of the blocks in use,
+    0 to 1. iteration_tokens: tokens of each batch since the message before. active_seconds: time with a batch in
+    flight; stage_busy_seconds [num_stages]: what each stage computed of it. heartbeat_ages [num_ranks]: seconds since
+    rank 0 last heard from each rank; empty where it does not know.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    iteration_tokens: list[int] = []
+    active_seconds: float = 0.0
+    stage_busy_seconds: list[float] = []
+    heartbeat_ages: list[float] = []
 
 
 class Outputs(_Message):
@@ -92,8 +114,8 @@ class Closed(msgspec.Struct):
 
 
 FromFrontend = Submit | Abort | Bye
-FromEngine = Hello | Outputs | Progress | Bye
-Message = Submit | Abort | Bye | Hello | Outputs | Progress
+FromEngine = Hello | Outputs | EngineStats | Progress | Bye
+Message = Submit | Abort | Bye | Hello | Outputs | EngineStats | Progress
 
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -272,145 +294,26 @@ def _frame_or_errors(message: Message) -> bytes:
         return encode_frame(Outputs(items=[failed]))
 
 
-class Ready(msgspec.Struct, forbid_unknown_fields=True):
-    """The one line the frontend writes on its report pipe: the port it listens on, or why it cannot start."""
+@dataclass(frozen=True, kw_only=True)
+class FrontendConfig(ServerConfig):
+    """What the frontend process is told on its standard input, as JSON: the server's flags, and what rank 0 worked out.
 
-    port: int = 0
-    error: str | None = None
-
-
-class FrontendHandle:
-    """The frontend process as its parent sees it. socket_path: where EngineLink connects, once the process is ready.
-
-    port: where HTTP listens; with port 0 known once it is ready.
+    api_key holds the keys of every source, and served_model_name at least one name. default_sampling: parameters that
+    the checkpoint recommends, by SamplingParams' names, for requests that leave them out. system_fingerprint: the same
+    for the same model and settings. engine_pid: the process to end with. report_fd: the pipe for one line, ready or why
+    not. port_wait_s: how long to wait for a port that is taken.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], socket_path: Path, port: int, report_fd: int) -> None:
-        self._process = process
-        self._report = os.fdopen(report_fd, "rb")
-        self._was_ready = False
-        self.socket_path = socket_path
-        self.port = port
+    model_path: str
+    tokenizer_path: str
+    socket_path: str = ""
+    engine_pid: int = 0
+    report_fd: int | None = None
+    port_wait_s: float = 0.0
+    default_sampling: dict[str, int | float] = field(default_factory=dict)
+    system_fingerprint: str = ""
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Waits, once, until it has bound its port and read the tokenizer.
-
-        Raises ValueError with its one-line reason when it cannot start, and has ended it then: port taken, no such
-        address, tokenizer missing or corrupt.
-        """
-        try:
-            with self._report as pipe:
-                ready = _await_report(pipe.fileno(), self._process, timeout_s)
-            if ready.error is not None:
-                raise ValueError(ready.error)
-        except BaseException:
-            self.stop(timeout=2.0)
-            raise
-        self.port, self._was_ready = ready.port, True
-
-    def poll(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
-        return self._process.poll()
-
-    def stop(self, timeout: float = 10.0) -> int:
-        """Asks it to end, kills it after `timeout` seconds, and returns its exit status. May be called twice.
-
-        One that nobody has waited for has no clients yet, and nothing to say: it is killed at once.
-        """
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM if self._was_ready else signal.SIGKILL)
-        try:
-            status = self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-        self._report.close()
-        remove_socket(self.socket_path)  # the process does this itself unless it was killed
-        return status
-
-
-def start_frontend(
-    server: ServerConfig, model_path: Path, tokenizer_path: Path, served_name: str
-) -> FrontendHandle:
-    """Starts the frontend and waits until it is ready. Raises ValueError as spawn_frontend and wait_ready do."""
-    handle = spawn_frontend(server, model_path, tokenizer_path, served_name)
-    handle.wait_ready()
-    return handle
-
-
-def spawn_frontend(
-    server: ServerConfig, model_path: Path, tokenizer_path: Path, served_name: str, port_wait_s: float = 0.0
-) -> FrontendHandle:
-    """Starts the frontend in a session of its own; `wait_ready` says how that went.
-
-    port_wait_s: how long it waits for its port where another process still has it. The frontend ends by itself when the
-    calling process does. Raises ValueError where no process can be started.
-    """
-    socket_path = _private_directory() / SOCKET_NAME
-    report, report_for_child = os.pipe()
-    command = [
-        sys.executable, "-m", "infer.serve.frontend",
-        "--host", server.host, "--port", str(server.port), "--socket", str(socket_path),
-        "--model-path", str(model_path), "--tokenizer-path", str(tokenizer_path), "--served-model-name", served_name,
-        "--max-logprobs", str(server.max_logprobs), "--port-wait", str(port_wait_s),
-        "--engine-pid", str(os.getpid()), "--report-fd", str(report_for_child),
-    ]  # fmt: skip
-    try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, close_fds=True, pass_fds=(report_for_child,),
-            env=_child_environment(),
-        )  # fmt: skip
-    except OSError as error:
-        os.close(report)
-        remove_socket(socket_path)
-        raise ValueError(f"cannot start the frontend process: {error}") from None
-    finally:
-        os.close(report_for_child)
-    return FrontendHandle(process, socket_path, server.port, report)
-
-
-def _private_directory() -> Path:
-    """A new directory that nobody else can enter (mode 0700), of a path short enough for a socket in it.
-
-    Raises ValueError where none can be made.
-    """
-    longest = MAX_SOCKET_PATH_BYTES - len(f"/{DIRECTORY_PREFIX}12345678/{SOCKET_NAME}")  # mkdtemp adds 8 characters
-    parents = [parent for parent in (tempfile.gettempdir(), "/tmp") if len(os.fsencode(parent)) <= longest]
-    try:
-        return Path(tempfile.mkdtemp(prefix=DIRECTORY_PREFIX, dir=parents[0]))
-    except OSError as error:
-        raise ValueError(f"no directory for the engine's socket: {error}; set TMPDIR to one that takes files") from None
-
-
-def remove_socket(path: Path) -> None:
-    """Removes the socket and the directory made for it. Whatever else lies there stays, and the directory with it."""
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty, or gone
-        path.parent.rmdir()
-
-
-def _child_environment() -> dict[str, str]:
-    """This environment, with the package importable from wherever the program was started."""
-    root = str(Path(infer.__file__).resolve().parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-
-
-def _await_report(fd: int, process: subprocess.Popen[bytes], timeout_s: float) -> Ready:
-    """Reads the report. Raises ValueError when the frontend ends, or timeout_s pass, without one."""
-    deadline = time.monotonic() + timeout_s
-    line = b""
-    while not line.endswith(b"\n"):
-        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise ValueError(f"the frontend process did not start within {timeout_s:g} s")
-        chunk = os.read(fd, 4096)
-        if not chunk:
-            status = process.wait()
-            raise ValueError(f"the frontend process ended with status {status} before it was ready")
-        line += chunk
-    return msgspec.json.decode(line, type=Ready)
+    def model_names(self) -> tuple[str, ...]:
+        """The names clients may use; the first is the one shown."""
+        return self.served_model_name or (Path(self.model_path).name,)

@@ -8,6 +8,7 @@ from typing import Any
 
 from infer.request import FinishReason, Output, Request, TokenLogprobs
 from infer.serve.client import num_logprobs
+from infer.serve.schema import SamplingBody
 from infer.serve.text import TextStream, Tokenizer
 
 MIN_LOGPROB = -9999.0  # for what JSON lacks, -inf and NaN, as in vLLM
@@ -25,28 +26,32 @@ class Prompt:
 
 @dataclass
 class Delta:
-    """What one output adds to a choice: text, and the tokens' log-probabilities where asked for."""
+    """What one output adds to a choice: text, the tokens it was made from, and their log-probabilities where asked
+    for. Text may be held back, so tokens and text of one delta need not belong together."""
 
     text: str
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     echo: bool = False  # the prompt's text and log-probabilities go before
+    token_ids: list[int] = field(default_factory=list)
 
 
 class Choice:
     """One choice on its way: its text, why it ended, and what a whole reply needs of it.
 
-    only_scores: the tokens generated are nobody's wish, and left out. keep_logprobs: for a whole reply.
+    only_scores: the tokens generated are nobody's wish, and left out. keep: for a whole reply, the tokens and their
+    log-probabilities stay; of a stream, just the tokens that no chunk has had yet.
     """
 
     def __init__(
         self, index: int, prompt: Prompt, request: Request, tokenizer: Tokenizer, only_scores: bool = False,
-        keep_logprobs: bool = True,
+        keep: bool = True,
     ) -> None:  # fmt: skip
         self.index = index
         self.prompt = prompt
-        self.keep_logprobs = keep_logprobs
+        self.keep = keep
         self._only_scores = only_scores
         self.stream = TextStream(tokenizer, request.params, request.prompt_token_ids)
+        self.token_ids: list[int] = []  # not yet reported
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -62,18 +67,28 @@ class Choice:
         text = self.stream.append(output.token_ids, stopped=output.finish_reason is FinishReason.STOP)
         if output.finish_reason is not None:
             text += self.stream.finish()
-        logprobs = (output.logprobs or [])[: self.stream.num_tokens - before]
-        if self.keep_logprobs:
-            self.logprobs += logprobs
+        count = self.stream.num_tokens - before  # those after a stop string are nobody's
+        delta = Delta(text, (output.logprobs or [])[:count], token_ids=output.token_ids[:count])
+        self.token_ids += delta.token_ids
+        if self.keep:
+            self.logprobs += delta.logprobs
         if self.stream.stop_reason is not None:
             self.finish_reason, self.stop_reason = "stop", self.stream.stop_reason
         elif output.finish_reason is not None:
             self.finish_reason, self.stop_reason = str(output.finish_reason), output.stop_reason
-        return Delta(text, logprobs)
+        return delta
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the tokens generated, whose log-probabilities were asked for. What has none, or none that is a number,
+        is the worst."""
+        if not self.logprobs:
+            return -math.inf
+        return sum(finite_logprob(entry.logprobs[0]) for entry in self.logprobs) / len(self.logprobs)
 
 
 def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any]:
-    """Every prompt counts once, whatever n is."""
+    """Every prompt counts once, whatever n is; every token generated counts, returned or not."""
     num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
     num_completion = sum(choice.stream.num_tokens for choice in choices)
     return {
@@ -98,30 +113,45 @@ def finite_logprob(logprob: float) -> float:
 
 
 class Reply:
-    """What the two routes share. Subclasses say how a choice looks, whole and as a chunk."""
+    """What the two routes share. Subclasses say how a choice looks, whole and as a chunk; what return_token_ids and
+    prompt_logprobs add is the same for all and added here.
+
+    prompt_in_choice: whether the prompt's token ids and log-probabilities stand in each choice (and its first chunk),
+    or once in the reply (and its first chunk), as vLLM has it. system_fingerprint: set by the route.
+    """
 
     id_prefix: str
     object_name: str
     chunk_object_name: str
+    prompt_in_choice = False
+    system_fingerprint: str | None = None
 
-    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer) -> None:
-        self._id = reply_id
+    def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, body: SamplingBody) -> None:
+        self.id = reply_id
         self._model = model
         self._tokenizer = tokenizer
         self._created = int(time.time())
+        self._with_token_ids = body.return_token_ids
+        self._with_prompt_logprobs = body.prompt_logprobs is not None
+        self._tokens_as_ids = body.return_tokens_as_token_ids
+        self._told_prompt = False  # once a reply
 
     def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
         """The body of a reply that is not streamed."""
-        shown = [self.whole_choice(choice) for choice in choices]
-        return {**self._head(self.object_name), "choices": shown, "usage": used}
+        shown = [self.whole_choice(choice) | self._extras(choice) for choice in choices]
+        head = self._head(self.object_name) | self._reply_extras(choices[0])
+        return {**head, "choices": shown, "usage": used}
 
     def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
         """One event of a stream; None where there is nothing to say yet."""
         shown = self.chunk_choice(choice, delta)
         if shown is None:
+            if not self._with_token_ids:
+                choice.token_ids.clear()
             return None
+        shown |= self._extras(choice)
         choice.num_chunks += 1
-        return {**self._head(self.chunk_object_name), "choices": [shown]}
+        return {**self._head(self.chunk_object_name), **self._reply_extras(choice), "choices": [shown]}
 
     def num_logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprobs]) -> int:
         """At most so many are rendered when these are; the first time, the prompt's come with them."""
@@ -132,13 +162,40 @@ class Reply:
         return {**self._head(self.chunk_object_name), "choices": [], "usage": used}
 
     def _head(self, object_name: str) -> dict[str, Any]:
-        return {"id": self._id, "object": object_name, "created": self._created, "model": self._model}
+        return {
+            "id": self.id, "object": object_name, "created": self._created, "model": self._model,
+            "system_fingerprint": self.system_fingerprint,
+        }  # fmt: skip
+
+    def _extras(self, choice: Choice) -> dict[str, Any]:
+        """What goes into a choice: its tokens since the last chunk, and what its prompt has, the first time."""
+        extras = self._prompt_extras(choice.prompt) if self.prompt_in_choice and choice.num_chunks == 0 else {}
+        token_ids, choice.token_ids = choice.token_ids, []
+        return extras | ({"token_ids": token_ids} if self._with_token_ids else {})
+
+    def _reply_extras(self, choice: Choice) -> dict[str, Any]:
+        if self.prompt_in_choice or self._told_prompt:
+            return {}
+        self._told_prompt = True
+        return self._prompt_extras(choice.prompt)
+
+    def _prompt_extras(self, prompt: Prompt) -> dict[str, Any]:
+        extras: dict[str, Any] = {}
+        if self._with_token_ids:
+            extras["prompt_token_ids"] = prompt.token_ids
+        if self._with_prompt_logprobs:
+            extras["prompt_logprobs"] = self.prompt_logprobs(prompt)
+        return extras
 
     def whole_choice(self, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError
 
     def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
         raise NotImplementedError
+
+    def token_name(self, token_id: int) -> str:
+        """A token as log-probabilities name it: its text, or its id where return_tokens_as_token_ids asks for that."""
+        return f"token_id:{token_id}" if self._tokens_as_ids else self._tokenizer.token(token_id)
 
     def prompt_logprobs(self, prompt: Prompt) -> list[dict[str, Any] | None]:
         """One entry a prompt token: token id -> its log-probability, rank and text; None for the first token."""

@@ -4,51 +4,85 @@ from collections.abc import Sequence
 from typing import Any
 
 from infer.request import TokenLogprobs
+from infer.serve.chat_format import ChatDelta, ChatOutput, shown_call
 from infer.serve.render import Choice, Delta, Reply, distinct
 from infer.serve.schema_chat import ChatBody
 from infer.serve.text import Tokenizer
 
 
 class ChatReply(Reply):
-    """/v1/chat/completions."""
+    """/v1/chat/completions. Each choice's text is taken apart as it comes: reasoning, content, tool calls.
+
+    What stands under reasoning_content stands under reasoning as well, the name newer clients read.
+    """
 
     id_prefix = "chatcmpl-"
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
     def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, body: ChatBody) -> None:
-        super().__init__(reply_id, model, tokenizer)
+        super().__init__(reply_id, model, tokenizer, body)
+        self._body = body
         self._with_logprobs = body.logprobs
         self._num_top = body.top_logprobs or 0
-        self._with_prompt_logprobs = body.prompt_logprobs is not None
+        self._outputs: dict[int, ChatOutput] = {}  # by choice
 
-    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
-        reply = super().whole(choices, used)
-        if self._with_prompt_logprobs:
-            reply["prompt_logprobs"] = self.prompt_logprobs(choices[0].prompt)
-        return reply
+    def _output(self, choice: Choice) -> ChatOutput:
+        if choice.index not in self._outputs:
+            self._outputs[choice.index] = self._body.output()
+        return self._outputs[choice.index]
+
+    def _feed(self, choice: Choice, text: str) -> ChatDelta:
+        delta = self._output(choice).feed(text, is_last=choice.finish_reason is not None)
+        if not self._body.include_reasoning:
+            delta.reasoning = ""
+        return delta
 
     def whole_choice(self, choice: Choice) -> dict[str, Any]:
+        found = self._feed(choice, choice.stream.text)
+        content = self._body.echoed_text + found.content
+        message: dict[str, Any] = {
+            "role": self._body.reply_role,
+            "content": content if content or not (found.calls or found.reasoning) else None,
+            "refusal": None,
+        }
+        if found.reasoning:
+            message |= {"reasoning_content": found.reasoning, "reasoning": found.reasoning}
+        if found.calls:
+            message["tool_calls"] = [shown_call(call, whole=True) for call in found.calls]
+        return self._choice(choice, "message", message, choice.logprobs)
+
+    def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        found = self._feed(choice, delta.text)
+        first = choice.num_chunks == 0
+        shown: dict[str, Any] = {"role": self._body.reply_role} if first else {}
+        content = self._body.echoed_text + found.content if first else found.content
+        if content or (first and not (found.calls or found.reasoning)):
+            shown["content"] = content
+        if found.reasoning:
+            shown |= {"reasoning_content": found.reasoning, "reasoning": found.reasoning}
+        if found.calls:
+            shown["tool_calls"] = [shown_call(call, whole=False) for call in found.calls]
+        if not shown and not delta.logprobs and choice.finish_reason is None:
+            return None
+        return self._choice(choice, "delta", shown, delta.logprobs)
+
+    def _choice(
+        self, choice: Choice, name: str, said: dict[str, Any], logprobs: Sequence[TokenLogprobs]
+    ) -> dict[str, Any]:
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.stream.text, "refusal": None},
-            "logprobs": self._logprobs(choice.logprobs) if self._with_logprobs else None,
-            "finish_reason": choice.finish_reason,
+            name: said,
+            "logprobs": self._logprobs(logprobs) if self._with_logprobs else None,
+            "finish_reason": self._finish_reason(choice),
             "stop_reason": choice.stop_reason,
         }
 
-    def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
-        first = choice.num_chunks == 0
-        if not delta.text and not delta.logprobs and not first and choice.finish_reason is None:
-            return None
-        role = {"role": "assistant"} if first else {}
-        return {
-            "index": choice.index,
-            "delta": {**role, "content": delta.text} if delta.text or first else role,
-            "logprobs": self._logprobs(delta.logprobs) if self._with_logprobs else None,
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
+    def _finish_reason(self, choice: Choice) -> str | None:
+        """A choice that stopped after calling tools says so; one that was cut off does not, whatever it began."""
+        if choice.finish_reason == "stop" and self._output(choice).has_calls:
+            return "tool_calls"
+        return choice.finish_reason
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         return {"content": [self._token(entry) for entry in entries], "refusal": None}
@@ -61,4 +95,5 @@ class ChatReply(Reply):
     def _spelled(self, row: tuple[int, float, int]) -> dict[str, Any]:
         token, logprob, _ = row
         spelled = self._tokenizer.token_bytes(token)
-        return {"token": spelled.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelled)}
+        name = self.token_name(token) if self._tokens_as_ids else spelled.decode("utf-8", "replace")
+        return {"token": name, "logprob": logprob, "bytes": list(spelled)}

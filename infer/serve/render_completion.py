@@ -1,5 +1,6 @@
 """Engine outputs to the JSON of /v1/completions. No torch here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from infer.request import TokenLogprobs
@@ -14,22 +15,37 @@ class CompletionReply(Reply):
     id_prefix = "cmpl-"
     object_name = "text_completion"
     chunk_object_name = "text_completion"
+    prompt_in_choice = True
 
     def __init__(self, reply_id: str, model: str, tokenizer: Tokenizer, body: CompletionBody) -> None:
-        super().__init__(reply_id, model, tokenizer)
+        super().__init__(reply_id, model, tokenizer, body)
         self._with_logprobs = body.logprobs is not None
-        self._with_prompt_logprobs = body.prompt_logprobs is not None
         self._echo = body.echo
+        self._num_generated, self._num_returned = body.num_generated, body.n
+        self._skipped = tokenizer.special_ids if body.skip_special_tokens else frozenset()
+
+    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
+        return super().whole(self._best(choices), used)
+
+    def _best(self, choices: Sequence[Choice]) -> Sequence[Choice]:
+        """The choices to return: of each prompt's, with best_of, the n likeliest per token, in falling order."""
+        if self._num_returned == self._num_generated:
+            return choices
+        best: list[Choice] = []
+        for start in range(0, len(choices), self._num_generated):
+            group = choices[start : start + self._num_generated]
+            best += sorted(group, key=lambda choice: -choice.mean_logprob)[: self._num_returned]
+        for index, choice in enumerate(best):
+            choice.index = index
+        return best
 
     def whole_choice(self, choice: Choice) -> dict[str, Any]:
-        shown = self._choice(choice, Delta(choice.stream.text, choice.logprobs, echo=self._echo))
-        if self._with_prompt_logprobs:
-            shown["prompt_logprobs"] = self.prompt_logprobs(choice.prompt)
-        return shown
+        return self._choice(choice, Delta(choice.stream.text, choice.logprobs, echo=self._echo))
 
     def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
         delta.echo = self._echo and choice.num_chunks == 0
-        if not delta.text and not delta.logprobs and not delta.echo and choice.finish_reason is None:
+        told = delta.text or delta.logprobs or delta.echo or (self._with_token_ids and delta.token_ids)
+        if not told and choice.finish_reason is None:
             return None
         return self._choice(choice, delta)
 
@@ -44,24 +60,48 @@ class CompletionReply(Reply):
 
     def _logprobs(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         entries: list[tuple[int, TokenLogprobs | None]] = []
+        offsets: list[int] = []
         if delta.echo:
             entries += zip(choice.prompt.token_ids, choice.prompt.logprobs or [], strict=True)
+            offsets += self._prompt_offsets(choice)
         entries += ((entry.tokens[0], entry) for entry in delta.logprobs)
-        tokens, offsets = [], []
-        for token_id, _ in entries:
-            tokens.append(self._tokenizer.token(token_id))
-            offsets.append(choice.offset)
-            choice.offset += len(tokens[-1])
+        offsets += [
+            choice.offset if entry.tokens[0] in self._skipped else self._next_offset(choice, entry.tokens[0])
+            for entry in delta.logprobs
+        ]
         return {
-            "tokens": tokens,
+            "tokens": [self.token_name(token_id) for token_id, _ in entries],
             "token_logprobs": [None if entry is None else finite_logprob(entry.logprobs[0]) for _, entry in entries],
             "top_logprobs": [None if entry is None else self._alternatives(entry) for _, entry in entries],
             "text_offset": offsets,
         }
 
+    def _prompt_offsets(self, choice: Choice) -> list[int]:
+        """Of the prompt's tokens, some of which (a BOS that was added) have no text in it."""
+        text, offsets = choice.prompt.text or "", []
+        for token_id in choice.prompt.token_ids:
+            special = token_id in self._tokenizer.special_ids
+            absent = special and not text.startswith(self._tokenizer.token(token_id), choice.offset)
+            offsets.append(choice.offset if absent else min(self._next_offset(choice, token_id), len(text)))
+        choice.offset = len(text)
+        return offsets
+
+    def _next_offset(self, choice: Choice, token_id: int) -> int:
+        """Where the next token begins in the text, in characters; inside of a character, where that begins."""
+        spelled = self._tokenizer.token_bytes(token_id)
+        inside = choice.offset > 0 and spelled != b"" and _continues(spelled[0])
+        start = choice.offset - inside
+        choice.offset += sum(not _continues(byte) for byte in spelled)
+        return start
+
     def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
         shown: dict[str, float] = {}
         for token, logprob, _ in distinct(entry):
-            text = self._tokenizer.token(token)
-            shown[text] = max(logprob, shown.get(text, logprob))  # of tokens that look alike, the likelier one
+            name = self.token_name(token)
+            shown[name] = max(logprob, shown.get(name, logprob))  # of tokens that look alike, the likelier one
         return shown
+
+
+def _continues(byte: int) -> bool:
+    """Whether a byte of UTF-8 goes on with a character."""
+    return byte & 0xC0 == 0x80

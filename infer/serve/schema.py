@@ -1,25 +1,32 @@
-"""What OpenAI request bodies share: what is taken, what is refused, and the errors that say so. No torch here.
+"""What OpenAI request bodies share: what is taken, its bounds, and the errors that say so. No torch here.
 
-Every field is one of three: taken (a struct's field), without effect here (accepted, listed in _IGNORED), or lacking
-(refused by name unless its value asks for nothing, listed in _LACKING). null equals absent everywhere.
+Every field is one of three: taken (a struct's field), without effect here, or refused by name (both in untaken.py).
+null equals absent everywhere.
 """
 
-import difflib
 import re
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from infer.request import MAX_STOP_STRINGS, SamplingParams
+from infer.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams, StructuredOutputs
 from infer.serve.errors import ApiError, bad_request, show
+from infer.serve.untaken import check_untaken
 
 MAX_STOP_CHARS = 1024
 MAX_LOGPROB_ENTRIES = 1 << 18  # held for one reply; each takes some 100 bytes here
 # The engine holds stop_token_ids, allowed_token_ids and logit_bias once a choice.
 MAX_TOKEN_LIST_ENTRIES = 1 << 20
 MAX_TOP_K = 2**31 - 1
+MAX_PRIORITY = 2**31 - 1
+MAX_CACHE_SALT_CHARS = 256
+REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII: it stands in headers, replies and log lines
 # Checked before anything looks at the entries.
-MAX_ENTRIES = {"messages": 4096, "stop": MAX_STOP_STRINGS, "stop_token_ids": 1024, "logit_bias": 1024}
+MAX_ENTRIES = {
+    "messages": 4096, "stop": MAX_STOP_STRINGS, "stop_token_ids": 1024, "logit_bias": 1024, "bad_words": MAX_BAD_WORDS,
+}  # fmt: skip
+_NESTED = ("stream_options", "structured_outputs", "response_format")  # objects in which null equals absent as well
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +36,38 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """response_format.json_schema. name, description and strict change nothing: the schema always holds strictly."""
+
+    name: str
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def structured(self) -> StructuredOutputs | None:
+        """What the text must be; None: any text. Raises ApiError."""
+        if self.type != "json_schema":
+            if self.json_schema is not None:
+                raise bad_request(
+                    f"response_format.json_schema goes with type json_schema, not {self.type}", "response_format"
+                )
+            return StructuredOutputs(json_object=True) if self.type == "json_object" else None
+        if self.json_schema is None or self.json_schema.schema is None:
+            missing = "json_schema" if self.json_schema is None else "json_schema.schema"
+            raise bad_request(f"response_format.{missing} is missing", "response_format")
+        try:
+            return StructuredOutputs(json=self.json_schema.schema)
+        except ValueError as error:
+            raise bad_request(f"response_format.json_schema.schema: {error}", "response_format") from None
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -54,9 +93,19 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     min_tokens: int = 0
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    request_id: str | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
 
     @property
     def include_usage(self) -> bool:
@@ -68,7 +117,7 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """What the client asked for; None: as many as fit."""
+        """What the client asked for; None: the server's default, at most as many as fit."""
         raise NotImplementedError
 
     @property
@@ -86,21 +135,47 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return 0 if self.prompt_logprobs is None else 1
 
     @property
+    def num_generated(self) -> int:
+        """Choices the engine generates for each prompt: n, or more where only the best are returned."""
+        return self.n
+
+    @property
     def num_choices(self) -> int:
-        """Of the whole reply."""
-        return max(self.n, 1)
+        """All that the engine generates for this body."""
+        return max(self.num_generated, 1)
+
+    @property
+    def echoes_prompt(self) -> bool:
+        """Whether the reply begins with the prompt's text."""
+        return False
+
+    @property
+    def echoed_text(self) -> str:
+        """What goes before each choice's text, if it is not the prompt's."""
+        return ""
 
     @property
     def only_scores(self) -> bool:
         """Whether no token is wanted, just the prompt's log-probabilities. The engine generates one all the same."""
         return False
 
+    @property
+    def grammar_field(self) -> str:
+        """The field that a constraint on the text came from, for errors."""
+        return "structured_outputs" if self.structured_outputs is not None else "response_format"
+
+    def grammar(self) -> StructuredOutputs | None:
+        """What the text must be, from whichever field says so; None: any text. Raises ApiError."""
+        asked = None if self.response_format is None else self.response_format.structured()
+        if asked is not None and self.structured_outputs is not None:
+            message = "structured_outputs and response_format both say what the text must be; give one of them"
+            raise bad_request(message, "structured_outputs")
+        return asked or self.structured_outputs
+
     def check(self) -> None:
         """Raises ApiError for what SamplingParams cannot know."""
         if self.stream_options is not None:
             self._check_stream_options(self.stream_options)
-        if self.prompt_logprobs is not None and self.stream:
-            raise bad_request("prompt_logprobs is not available with stream; leave one of them out", "prompt_logprobs")
         if self.top_k > MAX_TOP_K:
             raise bad_request(f"top_k must be at most {MAX_TOP_K}, not {self.top_k}", "top_k")
         num_entries = sum(len(x or ()) for x in (self.stop_token_ids, self.allowed_token_ids, self.logit_bias))
@@ -113,6 +188,7 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         longest = max(map(len, stops), default=0)
         if longest > MAX_STOP_CHARS:
             raise bad_request(f"a stop string may have {MAX_STOP_CHARS} characters, not {longest}", "stop")
+        self._check_extras()
 
     def _check_stream_options(self, options: StreamOptions) -> None:
         if not self.stream:
@@ -120,6 +196,25 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if options.include_obfuscation:
             raise bad_request(
                 "stream_options.include_obfuscation is not supported by this server; set it to false", "stream_options"
+            )
+
+    def _check_extras(self) -> None:
+        keep = self.truncate_prompt_tokens
+        if keep is not None and keep < 1 and keep != -1:
+            raise bad_request(
+                f"truncate_prompt_tokens must be at least 1, or -1 for what fits, not {keep}", "truncate_prompt_tokens"
+            )
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            message = f"priority must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, not {self.priority}"
+            raise bad_request(message, "priority")
+        if self.cache_salt is not None and not 0 < len(self.cache_salt) <= MAX_CACHE_SALT_CHARS:
+            raise bad_request(
+                f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters, not {len(self.cache_salt)}", "cache_salt"
+            )
+        if self.request_id is not None and not REQUEST_ID.fullmatch(self.request_id):
+            raise bad_request(
+                f"request_id must be 1 to 128 printable ASCII characters without spaces, not {show(self.request_id)}",
+                "request_id",
             )
 
     def check_logprobs(self, most: int) -> None:
@@ -130,79 +225,64 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def sampling_params(self, max_tokens: int) -> SamplingParams:
         """Raises ApiError that names the field."""
+        grammar = self.grammar()
         try:
             return SamplingParams(
-                max_tokens=max_tokens, logprobs=self.num_logprobs, prompt_logprobs=self.num_prompt_logprobs,
+                n=self.num_generated, max_tokens=max_tokens, logprobs=self.num_logprobs,
+                prompt_logprobs=self.num_prompt_logprobs, structured_outputs=grammar,
                 **{name: getattr(self, name) for name in _SAMPLING_FIELDS},
             )  # fmt: skip
         except ValueError as error:
-            name = str(error).split(" ", 1)[0].split("[", 1)[0]
-            raise bad_request(str(error), name if name in SamplingParams.__struct_fields__ else None) from None
+            raise parameter_error(error) from None
 
 
-_NOT_SAMPLING = ("model", "stream", "stream_options", "prompt_logprobs")
-_SAMPLING_FIELDS = tuple(name for name in SamplingBody.__struct_fields__ if name not in _NOT_SAMPLING)
+def parameter_error(error: ValueError) -> ApiError:
+    """What SamplingParams and the like say begins with the parameter's name."""
+    name = re.split(r"[ \[]", str(error), maxsplit=1)[0]
+    return bad_request(str(error), name if name in SamplingParams.__struct_fields__ else None)
 
 
-_IGNORED = {
-    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls",
-    "include_reasoning",
-}  # fmt: skip
-
-# Field -> the values that ask for nothing, and a sentence for the others ("" where the name says it all).
-_LACKING: dict[str, tuple[tuple[Any, ...], str]] = {
-    "store": ((False,), "nothing is stored here"),
-    "service_tier": (("auto", "default"), "there is one tier; use auto"),
-    "response_format": (({"type": "text"},), 'only {"type": "text"} is supported'),
-    "modalities": ((["text"],), "only text is supported"),
-    "tools": (([],), "tool calls are not supported"),
-    "tool_choice": (("none", "auto"), "tool calls are not supported"),
-    "functions": (([],), "function calls are not supported"),
-    "function_call": (("none", "auto"), "function calls are not supported"),
-    "spaces_between_special_tokens": ((True,), "only true is supported"),
-    "priority": ((0,), "requests are served first come, first served"),
-    "best_of": ((1,), "use n"),
-    "suffix": (("",), "insertion is not supported"),
-    "use_beam_search": ((False,), "beam search is not supported"),
-    "length_penalty": ((1, 1.0), "beam search is not supported"),
-    "early_stopping": ((False,), "beam search is not supported"),
-    "bad_words": (([],), "use logit_bias with token ids"),
-    "return_token_ids": ((False,), ""),
-    "return_tokens_as_token_ids": ((False,), ""),
-    "documents": (([],), ""),
-    "return_prompt_text": ((False,), ""),
-} | dict.fromkeys(
-    (
-        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "request_id",
-        "truncate_prompt_tokens", "cache_salt", "chat_template", "reasoning_effort", "verbosity", "audio", "prediction",
-        "web_search_options", "prompt_embeds", "extra_args", "logits_processors", "vllm_xargs", "kv_transfer_params",
-        "mm_processor_kwargs", "moderation",
-    ),
-    ((), ""),
+# Both have them under the same name and with the same meaning.
+_SAMPLING_FIELDS = tuple(
+    name for name in SamplingBody.__struct_fields__
+    if name in SamplingParams.__struct_fields__ and name not in ("n", "prompt_logprobs", "structured_outputs")
 )  # fmt: skip
 
-Body = TypeVar("Body", bound=SamplingBody)
+Body = TypeVar("Body", bound=msgspec.Struct)
+Checked = TypeVar("Checked", bound=SamplingBody)
 
 
-def parse(data: bytes, kind: type[Body]) -> Body:
-    """A checked request body. Raises ApiError (400) that names the field, and never repeats much of the input."""
-    raw = _decode(data)
-    fields = {name: value for name, value in raw.items() if value is not None}
-    for name in list(fields):
-        if name not in kind.__struct_fields__:
-            _check_untaken(name, fields.pop(name), kind)
-    for name, most in MAX_ENTRIES.items():
-        if isinstance(value := fields.get(name), (list, dict)) and len(value) > most:
-            raise bad_request(f"{name} may hold {most} entries, not {len(value)}", name)
-    try:
-        body = msgspec.convert(fields, kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise _validation_error(str(error)) from None
+def parse(data: bytes, kind: type[Checked], defaults: Mapping[str, Any] | None = None) -> Checked:
+    """A checked request body. defaults: values for fields it leaves out, instead of the struct's own.
+
+    Raises ApiError (400) that names the field, and never repeats much of the input.
+    """
+    body = convert(decode(data), kind, defaults or {})
     body.check()
     return body
 
 
-def _decode(data: bytes) -> dict[str, Any]:
+def convert(raw: dict[str, Any], kind: type[Body], defaults: Mapping[str, Any]) -> Body:
+    """A JSON object as a struct; null equals absent. Raises ApiError that names the field."""
+    fields = {name: value for name, value in raw.items() if value is not None}
+    for name in list(fields):
+        if name not in kind.__struct_fields__:
+            check_untaken(name, fields.pop(name), kind.__struct_fields__)
+    for name, most in MAX_ENTRIES.items():
+        if isinstance(value := fields.get(name), (list, dict)) and len(value) > most:
+            raise bad_request(f"{name} may hold {most} entries, not {len(value)}", name)
+    for name in _NESTED:
+        if isinstance(value := fields.get(name), dict):
+            fields[name] = {key: item for key, item in value.items() if item is not None}
+    fields = {name: value for name, value in defaults.items() if name in kind.__struct_fields__} | fields
+    try:
+        return msgspec.convert(fields, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _validation_error(str(error)) from None
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The JSON object a body holds. Raises ApiError."""
     try:
         raw = msgspec.json.decode(data)
     except RecursionError:
@@ -216,28 +296,16 @@ def _decode(data: bytes) -> dict[str, Any]:
     return raw
 
 
-def _check_untaken(name: str, value: Any, kind: type[SamplingBody]) -> None:
-    """Raises ApiError unless the field is without effect."""
-    if name in _IGNORED:
-        return
-    if name in _LACKING:
-        neutral, sentence = _LACKING[name]
-        # True == 1 to Python; a type that differs is never neutral.
-        if any(type(value) is type(item) and value == item for item in neutral):
-            return
-        raise bad_request(f"{name} is not supported by this server" + (f": {sentence}" if sentence else ""), name)
-    near = difflib.get_close_matches(name[:64], kind.__struct_fields__, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise bad_request(f"unknown field {name[:64]!r}{hint}", name[:64])
-
-
 def _validation_error(text: str) -> ApiError:
     """msgspec says "Expected `int`, got `str` - at `$.n`"; clients read "n: expected int, got str"."""
-    if missing := re.fullmatch(r"Object missing required field `(\w+)`(?: - at `(.*)`)?", text):
-        return bad_request(f"{missing[1]} is missing", missing[1])
-    reason, _, place = text.partition(" - at ")
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`(?: - at `\$?\.?(.*)`)?", text):
+        name = f"{missing[2]}.{missing[1]}" if missing[2] else missing[1]
+        return bad_request(f"{name} is missing", re.split(r"[.\[]", name)[0])
+    reason, _, place = text.rpartition(" - at ") if " - at " in text else (text, "", "")
     path = re.search(r"\$\.?([\w.\[\]]*)", place)
     name = path[1].rstrip(".") if path else ""
     reason = reason.replace("`", "")
     param = re.split(r"[.\[]", name)[0] or None
-    return bad_request(f"{name}: {reason[:1].lower()}{reason[1:]}" if name else reason, param)
+    if not name or reason.startswith(name):  # a struct's own check names what it is about
+        return bad_request(reason, param)
+    return bad_request(f"{name}: {reason[:1].lower()}{reason[1:]}", param)

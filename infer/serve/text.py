@@ -1,304 +1,139 @@
-"""Text and tokens: the tokenizer, incremental detokenization, stop strings. No torch here.
+"""Text and tokens: the tokenizer, and one choice's text as its tokens come. No torch here.
 
 The frontend and LLM share these classes, so that both give the same text.
 """
 
-import codecs
-import itertools
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
+from typing import Any
 
 from infer.request import SamplingParams
-from infer.serve.chat import ChatTemplate
-
-PROMPT_WINDOW = 6  # prompt tokens that decide how the first generated token begins (a space or none)
-MAX_PENDING_TOKENS = 16  # longest run of tokens held back for a character; no tokenizer needs more for a real one
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from infer.serve.chat import ChatTemplates
+from infer.serve.chat_sources import load_templates
+from infer.serve.detokenize import Decoder, make_decoder
+from infer.serve.sentencepiece import SentencePiece
+from infer.serve.stops import StopMatcher
+from infer.serve.tokenizer_config import read_config
+from infer.serve.tokenizer_json import TokenizerJson
+from infer.serve.vocabulary import Vocabulary
 
 
 class Tokenizer:
     """A Hugging Face tokenizer directory, with the results AutoTokenizer would give.
 
     What goes around a text (a leading BOS) is tokenizer.json's to say: its post-processor was made from
-    tokenizer_config.json's add_bos_token and add_eos_token, which AutoTokenizer does not read beside it either.
+    tokenizer_config.json's add_bos_token and add_eos_token, which AutoTokenizer does not read beside it either. For
+    SentencePiece's tokenizer.model, tokenizer_config.json says it.
 
     vocab_size: ids are [0, vocab_size) (the model's own vocabulary may be padded beyond). special_ids: left out of
     decoded text by skip_special_tokens. max_token_chars: no token stands for more characters.
     """
 
-    def __init__(self, backend: Backend, template: ChatTemplate | None, path: Path) -> None:
-        self._backend = backend
-        self._template = template
+    def __init__(self, vocabulary: Vocabulary, templates: ChatTemplates | None, path: Path) -> None:
+        self.vocabulary = vocabulary
+        self._templates = templates
         self._path = path
-        backend.no_truncation()  # some files carry the limits of their training run
-        backend.no_padding()
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self.max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
-        self.is_byte_level = _is_byte_level(backend)
-        self._byte_fallback = bool(getattr(backend.model, "byte_fallback", False))
-        self._bytes: dict[int, bytes] = {}  # filled as tokens are seen
+        self.special_ids = vocabulary.special_ids
+        self.vocab_size = vocabulary.vocab_size
+        self.max_token_chars = vocabulary.max_token_chars
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Reads tokenizer.json, tokenizer_config.json and the chat template from a directory.
+    def load(cls, path: Path | str, chat_template: str | None = None) -> "Tokenizer":
+        """Reads tokenizer.json or tokenizer.model, what stands beside it, and the chat template from a directory.
 
+        chat_template: goes before the checkpoint's, a file's path or the template itself.
         Raises ValueError that names the file when one is missing or corrupt.
         """
         path = Path(path)
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist; a tokenizer directory needs tokenizer.json")
-        try:
-            backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for every defect
-            raise ValueError(f"{file} is not a tokenizer: {str(error)[:300]}") from None
-        config = _read_config(path / "tokenizer_config.json")
-        return cls(backend, _read_template(path, config), path)
+        if (path / "tokenizer.json").is_file():
+            vocabulary: Vocabulary = TokenizerJson(path / "tokenizer.json")
+            config = read_config(path)
+        elif (path / "tokenizer.model").is_file():
+            config = read_config(path)
+            vocabulary = SentencePiece(path, config)
+        else:
+            raise ValueError(_no_tokenizer(path))
+        return cls(vocabulary, load_templates(path, config, chat_template), path)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. add_special_tokens adds what the tokenizer itself wants around a text, such as a leading BOS."""
-        try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:
-            raise ValueError("the text holds half a surrogate pair, which is no character") from None
+        """Token ids. add_special_tokens adds what the tokenizer itself wants around a text, such as a leading BOS.
+
+        Raises ValueError where the text holds what is no character.
+        """
+        return self.vocabulary.encode(text, add_special_tokens)
+
+    def bad_words_token_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """The token sequences that would write these words, as vLLM has them: each word as a text begins with it and,
+        where that is as many tokens and begins differently, as it follows a space. Raises ValueError.
+        """
+        sequences = []
+        for word in words:
+            bare = self.encode(word.lstrip(), add_special_tokens=False)
+            if not bare:
+                raise ValueError(f"bad_words must hold words, not {word[:40]!r}")
+            spaced = self.encode(" " + word.lstrip(), add_special_tokens=False)
+            sequences.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        return sequences
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of all the tokens together. Ids outside the vocabulary give nothing."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self.vocabulary.decode(token_ids, skip_special_tokens)
 
     def token(self, token_id: int) -> str:
         """The text of one token by itself; bytes that are no whole character show as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+        text = self.vocabulary.whole_text(token_id)
+        return self.token_bytes(token_id).decode("utf-8", "replace") if text is None else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for inside a text; empty outside the vocabulary."""
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = self._spell(token_id)
-        return found
-
-    def _spell(self, token_id: int) -> bytes:
-        piece = self._backend.id_to_token(token_id)
-        if piece is None:
-            return b""
-        if self.is_byte_level:
-            return byte_level_bytes(piece)
-        if match := self._byte_token(piece):
-            return bytes([int(match[1], 16)])
-        return piece.replace("\u2581", " ").encode("utf-8", "replace")
-
-    def _byte_token(self, piece: str) -> re.Match[str] | None:
-        return _BYTE_TOKEN.fullmatch(piece) if self._byte_fallback else None
-
-    def is_byte_token(self, token_id: int) -> bool:
-        """Whether a token stands for one byte of a character the vocabulary lacks (never with byte-level BPE)."""
-        piece = self._backend.id_to_token(token_id)
-        return piece is not None and self._byte_token(piece) is not None
+        return self.vocabulary.token_bytes(token_id)
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], /, add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
-        """The prompt's text for a conversation. kwargs: continue_final_message, and variables of the template.
-
-        Raises ValueError when there is no template or it refuses the messages.
-        """
-        if self._template is None:
-            raise ValueError(
-                f"{self._path} has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); "
-                "this model takes plain completions only"
-            )
-        return self._template.render(messages, add_generation_prompt, **kwargs)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; a tokenizer directory needs tokenizer_config.json")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(config).__name__}")
-    return config
-
-
-def _read_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """chat_template.jinja goes before tokenizer_config.json, as in transformers."""
-    special = {name: text for name in _SPECIAL_NAMES if (text := _content(config.get(name))) is not None}
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return ChatTemplate(file.read_text("utf-8"), str(file), special)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-    source = config.get("chat_template")
-    origin = str(path / "tokenizer_config.json")
-    if isinstance(source, list):
-        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-        source = named.get("default")
-        if source is None:
-            raise ValueError(f'{origin}: chat_template is a list without a template named "default"')
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise ValueError(f"{origin}: chat_template must be a string or a list, not {type(source).__name__}")
-    return ChatTemplate(source, origin, special)
-
-
-def _content(token: Any) -> str | None:
-    """A special token's text; it is written as a string or as an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _is_byte_level(backend: Backend) -> bool:
-    return isinstance(backend.decoder, decoders.ByteLevel)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes every byte as a visible character: itself where printable, else the next from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-_BYTE_ALPHABET = _byte_alphabet()
-
-
-def byte_level_bytes(piece: str) -> bytes:
-    """The bytes of a token of byte-level BPE. An added token with other characters stands for its own text."""
-    try:
-        return bytes(_BYTE_ALPHABET[char] for char in piece)
-    except KeyError:
-        return piece.encode("utf-8")
-
-
-class _Decoder(Protocol):
-    def add(self, token_id: int) -> str:
-        """The text that one more token makes certain."""
-
-    def flush(self) -> str:
-        """What was held back for characters that never came whole."""
-
-
-class _ByteDecoder:
-    """For byte-level BPE: tokens are bytes, and text is their incremental UTF-8 decoding. Exact for any tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(token_id))
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _WindowDecoder:
-    """For every other decoder, where a token's text depends on its neighbours: decodes a short window twice.
-
-    The window is tokens whose text is out ([0, _shown) of it, for context) and tokens held back ([_shown, end)); the
-    new text is what the second part adds. Held back is what ends in U+FFFD, as half a character does, or adds nothing.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._window = self._context(prompt_token_ids)
-        self._shown = len(self._window)
-        self._shown_text = self._decode()
-
-    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The prompt's last tokens, without half characters: one that it ends in would swallow generated text, since
-        bytes are decoded, or replaced by U+FFFD, together with their neighbours."""
-        is_byte = self._tokenizer.is_byte_token
-        tokens = (t for t in reversed(prompt_token_ids) if not self._is_skipped(t) and not is_byte(t))
-        context = [*itertools.islice(tokens, PROMPT_WINDOW)][::-1]
-        while context and self._tokenizer.decode(context, skip_special_tokens=self._skip).endswith("\ufffd"):
-            context.pop()
-        return context
-
-    def _is_skipped(self, token_id: int) -> bool:
-        return self._skip and token_id in self._tokenizer.special_ids
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
-
-    def add(self, token_id: int) -> str:
-        if self._is_skipped(token_id):
-            return ""
-        self._window.append(token_id)
-        text = self._decode()
-        new = text[len(self._shown_text) :]
-        if (not new or new.endswith("\ufffd")) and len(self._window) - self._shown < MAX_PENDING_TOKENS:
-            return ""
-        self._slide()
-        return new
-
-    def _slide(self) -> None:
-        del self._window[: self._shown]
-        self._shown = len(self._window)
-        self._shown_text = self._decode()
-
-    def flush(self) -> str:
-        new = self._decode()[len(self._shown_text) :]
-        self._slide()
-        return new
-
-
-class _StopMatcher:
-    """Finds the stop string that is complete first, one character at a time, in linear time (Knuth-Morris-Pratt)."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = sorted(set(stops), key=len, reverse=True)  # of two that end together, the longer one counts
-        self._borders = [_borders(stop) for stop in self._stops]
-        self._matched = [0] * len(self._stops)  # characters of each stop string the text now ends with
+        return self._templates is not None
 
     @property
-    def held(self) -> int:
-        """How many of the text's last characters may be the beginning of a stop string."""
-        return max(self._matched, default=0)
+    def chat_template_variables(self) -> frozenset[str]:
+        """What the chat template reads beyond messages and the like; none without one."""
+        return frozenset() if self._templates is None else self._templates.variables
 
-    def feed(self, char: str) -> str | None:
-        """The stop string this character completes, if it does."""
-        found = None
-        for i, stop in enumerate(self._stops):
-            borders, length = self._borders[i], self._matched[i]
-            while length and stop[length] != char:
-                length = borders[length - 1]
-            length += stop[length] == char
-            if length == len(stop):
-                found = found or stop
-                length = borders[length - 1]
-            self._matched[i] = length
-        return found
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text for a conversation. variables: further ones of the template (chat_template_kwargs).
+
+        Raises ValueError when there is no template, it refuses the messages, or takes too long over them.
+        """
+        if self._templates is None:
+            raise ValueError(
+                f"{self._path} has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); "
+                "give one with --chat-template, or use plain completions"
+            )
+        return self._templates.pick(tools).render(
+            messages, add_generation_prompt, tools=tools, documents=documents,
+            continue_final_message=continue_final_message, **variables,
+        )  # fmt: skip
 
 
-def _borders(text: str) -> list[int]:
-    """For each prefix, the length of its longest proper prefix that is also its suffix."""
-    borders = [0] * len(text)
-    length = 0
-    for i in range(1, len(text)):
-        while length and text[i] != text[length]:
-            length = borders[length - 1]
-        length += text[i] == text[length]
-        borders[i] = length
-    return borders
+def _no_tokenizer(path: Path) -> str:
+    """A sentence on a directory without a tokenizer that can be read."""
+    others = sorted(file.name for name in ("vocab.json", "vocab.txt", "*.tiktoken") for file in path.glob(name))
+    if not others:
+        return f"{path / 'tokenizer.json'} does not exist, nor tokenizer.model; a tokenizer directory needs one of them"
+    return (
+        f"{path / 'tokenizer.json'} does not exist, nor tokenizer.model; {others[0]} does not say how text is divided. "
+        "Write one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+    )
 
 
 class TextStream:
@@ -316,12 +151,12 @@ class TextStream:
         self.num_tokens = 0
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
-        self._matcher = _StopMatcher(params.stop_strings) if params.stop_strings else None
-        self._decoder: _Decoder | None = None
-        if params.detokenize and tokenizer.is_byte_level:
-            self._decoder = _ByteDecoder(tokenizer, params.skip_special_tokens)
-        elif params.detokenize:
-            self._decoder = _WindowDecoder(tokenizer, params.skip_special_tokens, prompt_token_ids)
+        self._matcher = StopMatcher(params.stop_strings) if params.stop_strings else None
+        self._decoder: Decoder | None = None
+        if params.detokenize:
+            self._decoder = make_decoder(
+                tokenizer.vocabulary, params.skip_special_tokens, params.spaces_between_special_tokens, prompt_token_ids
+            )
         self._emitted: list[str] = []
         self._pending = ""  # decoded, not yet emitted
 
@@ -354,7 +189,7 @@ class TextStream:
         return self._emit(0)
 
     def _take(self, text: str) -> None:
-        if self._matcher is None:
+        if self._matcher is None or not self._matcher.may_begin(text):
             self._pending += text
             return
         for position, char in enumerate(text):

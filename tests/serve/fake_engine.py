@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from infer.config import ServerConfig
 from infer.request import FinishReason, Output, Request, TokenLogprobs
-from infer.serve.link import Abort, Closed, EngineLink, FrontendHandle, Hello, Outputs, Submit, start_frontend
+from infer.serve.link import Abort, Closed, EngineLink, Hello, Outputs, Submit
+from infer.serve.spawn import FrontendHandle, start_frontend
 from infer.serve.text import Tokenizer as InferTokenizer
 
 TEMPLATE = (

@@ -11,11 +11,13 @@ import tempfile
 import threading
 import time
 
+import msgspec
 import pytest
 from fake_engine import MODEL, FakeEngine, frontend, is_ready, wait_until
 
 from infer.config import ServerConfig
-from infer.serve.link import Bye, Progress, start_frontend
+from infer.serve.link import Bye, FrontendConfig, Progress
+from infer.serve.spawn import start_frontend
 
 JSON = {"Content-Type": "application/json"}
 
@@ -119,12 +121,14 @@ def test_no_directory_for_the_socket(tokenizer_path, monkeypatch):
 
 
 def test_a_socket_that_cannot_be_made(tokenizer_path, tmp_path):
-    command = [
-        sys.executable, "-m", "infer.serve.frontend", "--host", "127.0.0.1", "--port", "0",
-        "--socket", str(tmp_path / ("x" * 120)), "--model-path", "m", "--tokenizer-path", str(tokenizer_path),
-        "--served-model-name", "m", "--max-logprobs", "20", "--engine-pid", str(os.getpid()),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    config = FrontendConfig(
+        port=0, socket_path=str(tmp_path / ("x" * 120)), model_path="m", tokenizer_path=str(tokenizer_path),
+        engine_pid=os.getpid(),
+    )  # fmt: skip
+    command = [sys.executable, "-m", "infer.serve.frontend"]
+    done = subprocess.run(
+        command, input=msgspec.json.encode(config).decode(), capture_output=True, text=True, timeout=60
+    )  # fmt: skip
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("infer: error: the frontend cannot start: AF_UNIX path too long")
@@ -256,7 +260,7 @@ def test_wrong_model_is_turned_away(tokenizer_path, tokenizer):
 def test_it_ends_with_a_process_that_never_connected(tokenizer_path):
     code = (
         "import sys, time; from pathlib import Path; from infer.config import ServerConfig\n"
-        "from infer.serve.link import start_frontend\n"
+        "from infer.serve.spawn import start_frontend\n"
         f"path = Path({str(tokenizer_path)!r}); handle = start_frontend(ServerConfig(port=0), path, path, 'tiny')\n"
         "print(handle.pid, handle.port, handle.socket_path, flush=True); time.sleep(60)"
     )

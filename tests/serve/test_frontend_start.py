@@ -8,15 +8,20 @@ import threading
 
 import pytest
 
-from infer.config import ServerConfig
 from infer.launch import lasting_imports
-from infer.serve.link import spawn_frontend
+from infer.serve.link import FrontendConfig
+from infer.serve.spawn import FrontendHandle, spawn_frontend
+
+
+def spawn(tokenizer_path, **fields) -> FrontendHandle:
+    path = str(tokenizer_path)
+    return spawn_frontend(FrontendConfig(model_path=path, tokenizer_path=path, **fields))
 
 
 def test_it_waits_for_a_port_that_becomes_free(tokenizer_path):
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
-    handle = spawn_frontend(ServerConfig(port=port), tokenizer_path, tokenizer_path, "tiny", port_wait_s=30.0)
+    handle = spawn(tokenizer_path, port=port, port_wait_s=30.0)
     timer = threading.Timer(1.5, taken.close)
     timer.start()
     try:
@@ -32,7 +37,7 @@ def test_it_waits_for_a_port_that_becomes_free(tokenizer_path):
 def test_it_does_not_wait_longer_than_told(tokenizer_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        handle = spawn_frontend(ServerConfig(port=port), tokenizer_path, tokenizer_path, "tiny", port_wait_s=0.3)
+        handle = spawn(tokenizer_path, port=port, port_wait_s=0.3)
         with pytest.raises(ValueError, match=f"port {port} on 127.0.0.1 is taken"):
             handle.wait_ready()
     assert handle.poll() is not None
@@ -40,7 +45,7 @@ def test_it_does_not_wait_longer_than_told(tokenizer_path):
 
 
 def test_one_that_nobody_waited_for_ends_without_a_word(tokenizer_path, capfd):
-    handle = spawn_frontend(ServerConfig(port=0), tokenizer_path, tokenizer_path, "tiny")
+    handle = spawn(tokenizer_path, port=0)
     assert handle.stop() == -9
     assert not handle.socket_path.parent.exists()
     assert handle.stop() == -9

@@ -131,11 +131,21 @@ FIELDS = [
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "needs stream"),
     ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "unknown field x"),
     ({"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}}, "include_obfuscation"),
-    ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "not available with stream"),
     ({"prompt": "a", "temprature": 1}, "did you mean temperature?"),
     ({"prompt": "a", "x" * 10**6: 1}, "unknown field"),
     ({"prompt": "a", "suffix": "x"}, "suffix is not supported"),
-    ({"prompt": "a", "best_of": 3}, "best_of is not supported"),
+    ({"prompt": "a", "best_of": 10**6}, "best_of must be from n to 1024"),
+    ({"prompt": "a", "n": 1, "best_of": 500, "logprobs": 20, "max_tokens": 100}, "log-probabilities"),
+    ({"prompt": "a", "structured_outputs": {"regex": "(" * 30_000}}, "structured_outputs.regex"),
+    ({"prompt": "a", "structured_outputs": {"json": {"anyOf": [{}] * 100_000}}}, "262144 bytes"),
+    ({"prompt": "a", "structured_outputs": []}, "structured_outputs: expected object"),
+    ({"prompt": "a", "structured_outputs": {"choice": ["x"] * 10**5}}, "choice must hold 1 to 1024"),
+    ({"prompt": "a", "bad_words": ["x" * 10**6]}, "bad_words must have"),
+    ({"prompt": "a", "request_id": "x" * 10**6}, "request_id must be"),
+    ({"prompt": "a", "cache_salt": "x" * 10**6}, "cache_salt must have"),
+    ({"prompt": "a", "truncate_prompt_tokens": -(2**70)}, "truncate_prompt_tokens must be"),
+    ({"prompt": "a", "priority": 1.5}, "priority: expected int"),
+    ({"prompt": "a" * (2 << 20), "truncate_prompt_tokens": 1}, "characters"),
     ({"prompt": "a", "use_beam_search": True}, "use_beam_search is not supported"),
     ({"prompt": "a", "store": True}, "store is not supported"),
     ({"prompt": "a", "prompt_embeds": "x"}, "prompt_embeds is not supported"),
@@ -171,8 +181,8 @@ CHATS = [
     ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages[0].tool_calls"),
     ({"messages": USER * 4097}, "messages may hold 4096 entries, not 4097"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "no tools"),
-    ({"messages": USER, "tools": [{"type": "function"}]}, "tools is not supported"),
-    ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format is not supported"),
+    ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0] must be"),
+    ({"messages": USER, "response_format": {"type": "json_array"}}, "response_format.type"),
     ({"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template is not supported"),
     ({"messages": USER, "chat_template_kwargs": {"messages": []}}, "must not set messages"),
     ({"messages": USER, "chat_template_kwargs": {"add_generation_prompt": 1}}, "must not set"),
@@ -183,7 +193,8 @@ CHATS = [
     ({"messages": USER, "max_tokens": 5, "max_completion_tokens": 6}, "differ"),
     ({"messages": USER, "max_tokens": 1000}, "maximum context length"),
     ({"messages": USER, "add_generation_prompt": True, "continue_final_message": True}, "cannot both"),
-    ({"messages": USER, "echo": True}, "unknown field 'echo'"),
+    ({"messages": USER, "suffix": "x"}, "suffix is not supported"),
+    ({"messages": USER, "best_of": 2}, "it belongs to /v1/completions"),
     ({"messages": [{"role": "user", "content": "hello " * 300}]}, "maximum context length"),
 ]
 
@@ -231,23 +242,31 @@ def raw(served, data: bytes, timeout: float = 10.0) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "status"),
     [
-        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost x\r\n\r\n",
-        b"GET / HTTP/1.1\r\n" + b"A: " + b"x" * 100_000 + b"\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 5000 + b"\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost x\r\n\r\n", 400),
+        (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\n" + b"A: " + b"x" * 100_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 5000 + b"\r\n", 431),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", 400),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            400,
+        ),
     ],
-    ids=range(7),
+    ids=range(8),
 )
-def test_what_is_not_http(served, data):
+def test_what_is_not_http(served, data, status):
     head, _, body = raw(served, data).partition(b"\r\n\r\n")
-    assert head.split(b" ")[1] == b"400"
-    check_error(400, json.loads(body), 400)
+    assert head.split(b" ")[1] == b"%d" % status
+    check_error(status, json.loads(body), status)
 
 
 def test_chunked_body_over_the_limit(served):

@@ -5,12 +5,19 @@ import random
 
 import pytest
 from fake_engine import write_tokenizer
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, processors
 
 from infer.request import SamplingParams
 from infer.serve.text import TextStream, Tokenizer
 
+CORPUS = [
+    "👩‍👩‍👧‍👦👍🏽 🇫🇷🇩🇪 1️⃣",
+    "\U0001f3f4\U000e0067\U000e0062\U000e007f",
+    "你好，世界。日本語テキスト 한국어", "e\u0301 a\u0308\u0323 \u0915\u094d\u0937\u093f", "مرحبا بالعالم، كيف الحال؟",
+    "def f(x: int) -> None:\n\treturn {'a': [x, 1.5e-3]}  # café\n", "  leading and  double  spaces \n\n",
+    "\x00\u200b\ufeff\ufffd", "ﷺ ① ｆｕｌｌ ﬁ", "a<tool call>b <|im_end|> c",
+]  # fmt: skip
 EMOJI = "Hi 👩‍👩‍👧‍👦 naïve 你好 😀🇫🇷 e\u0301 — ok"
 
 
@@ -40,7 +47,7 @@ def fallback(tmp_path_factory):
 
 
 def test_random_tokens_equal_the_full_decode(tokenizer):
-    assert tokenizer.is_byte_level
+    assert tokenizer.vocabulary.is_joined
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(60))]
@@ -71,7 +78,7 @@ def test_unfinished_character_is_shown_at_the_end(tokenizer):
 
 
 def test_byte_fallback(fallback):
-    assert not fallback.is_byte_level
+    assert fallback.vocabulary.is_joined and fallback.vocabulary.drops_first_space
     rng = random.Random(1)
     for _ in range(200):
         text = "".join(rng.choice(["hello ", "世", "😀", "é", "a", "b ", "你"]) for _ in range(20))
@@ -83,17 +90,132 @@ def test_byte_fallback(fallback):
 
 
 def test_first_word_keeps_its_space_after_a_prompt(fallback):
-    ids = [fallback._backend.token_to_id("▁world"), fallback._backend.token_to_id("▁the")]
-    prompt = [1, fallback._backend.token_to_id("▁hello")]
+    ids = [fallback.vocabulary.token_id("▁world"), fallback.vocabulary.token_id("▁the")]
+    prompt = [1, fallback.vocabulary.token_id("▁hello")]
     assert stream_text(fallback, ids, prompt=prompt)[0].text == " world the"
     assert stream_text(fallback, ids)[0].text == "world the"
     assert fallback.token(ids[0]) == " world" and fallback.token_bytes(3 + 0xE4) == b"\xe4"
 
 
-def test_garbage_bytes_do_not_pile_up(fallback):
-    stream = TextStream(fallback, SamplingParams())
-    shown = [stream.append([3 + 0x80]) for _ in range(200)]
-    assert sum(map(len, shown)) > 150
+def test_garbage_bytes_do_not_pile_up(fallback, windowed):
+    for tokenizer, garbage in ((fallback, 3 + 0x80), (windowed["metaspace"], 3 + 0x80)):
+        stream = TextStream(tokenizer, SamplingParams())
+        shown = [stream.append([garbage]) for _ in range(200)]
+        assert sum(map(len, shown)) > 150
+
+
+def test_joined_tokens_are_the_librarys_text(tokenizer, fallback):
+    """Where the bytes are characters; else ours shows them as it does in streams."""
+    rng, same = random.Random(5), 0
+    for ours in (tokenizer, fallback):
+        library = ours.vocabulary._tokenizer
+        runs = [ours.encode(text) for text in CORPUS]
+        runs += [[rng.randrange(ours.vocab_size) for _ in range(rng.randrange(8))] for _ in range(500)]
+        for ids in runs:
+            for skip in (True, False):
+                wanted = library.decode(ids, skip_special_tokens=skip)
+                if "\ufffd" not in wanted or ours is tokenizer:
+                    assert ours.decode(ids, skip_special_tokens=skip) == wanted
+                    same += 1
+        assert ours.decode([]) == ""
+    assert same > 1200
+
+
+def save(path, backend, **config):
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(path)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """Tokenizers whose tokens' text depends on their neighbours."""
+    base = tmp_path_factory.mktemp("windowed")
+    texts = ["hello world this is a small test", "unaffable words, 你好 café"] * 20
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    pieces = Backend(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=False)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+    pieces.train_from_iterator(texts, trainer)
+    pieces.add_tokens([AddedToken("<tool>", special=False)])
+    vocab = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)] + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    vocab += [(piece, -float(i)) for i, piece in enumerate(["▁", "▁hello", "▁world", "l", "o", "h", "e", "▁a", "你"])]
+    unigram = Backend(models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    unigram.add_special_tokens(["<unk>", "<s>", "</s>"])
+    suffixes = Backend(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    suffixes.pre_tokenizer = pre_tokenizers.Whitespace()
+    suffixes.decoder = decoders.BPEDecoder(suffix="</w>")
+    suffixes.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False),
+    )
+    backends = {"wordpiece": pieces, "metaspace": unigram, "suffixes": suffixes}
+    return {name: save(base / name, backend) for name, backend in backends.items()}
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "metaspace", "suffixes"])
+def test_streams_where_neighbours_decide(windowed, name):
+    tokenizer, rng = windowed[name], random.Random(4)
+    assert not tokenizer.vocabulary.is_joined
+    words = ["hello", "world", "a", "你好", "unaffable", ","]
+    texts = CORPUS + [" ".join(rng.choice(words) for _ in range(12)) for _ in range(60)]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        for skip in (True, False):
+            stream, _ = stream_text(tokenizer, ids, rng.randint(1, 3), skip_special_tokens=skip)
+            assert stream.text.strip() == tokenizer.decode(ids, skip_special_tokens=skip).strip()
+            assert stream.num_tokens == len(ids)
+
+
+def test_spaces_between_special_tokens(windowed, tokenizer):
+    """Only decoders that put spaces between tokens have any to leave out, and only where special tokens show."""
+    words = windowed["wordpiece"]
+    ids = [1, 2, *words.encode("hello"), words.encode("<tool>")[0], 2, 2, *words.encode("world")]
+    for skip, spaces, wanted in [
+        (False, True, "[CLS] [SEP] hello <tool> [SEP] [SEP] world"),
+        (False, False, "[CLS][SEP] hello <tool>[SEP][SEP] world"),
+        (True, False, "hello <tool> world"),
+    ]:
+        params = {"skip_special_tokens": skip, "spaces_between_special_tokens": spaces}
+        assert stream_text(words, ids, **params)[0].text == wanted
+    for spaces in (True, False):
+        params = {"skip_special_tokens": False, "spaces_between_special_tokens": spaces}
+        assert stream_text(tokenizer, [1, 2, 2], **params)[0].text == "<|im_start|><|im_end|><|im_end|>"
+
+
+@pytest.mark.parametrize("text", CORPUS)
+def test_corpus_comes_in_whole_characters(tokenizer, text):
+    ids = [token for char in text for token in tokenizer.encode(char)]
+    for step in (1, 3):
+        stream, chunks = stream_text(tokenizer, ids, step, skip_special_tokens=False)
+        assert stream.text == tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert "".join(chunks).count("\ufffd") == text.count("\ufffd")
+
+
+def test_bad_words(tokenizer, fallback):
+    words = ["the", " world", "x"]
+    wanted = []
+    for word in words:
+        bare, spaced = tokenizer.encode(word.strip()), tokenizer.encode(" " + word.strip())
+        wanted += [bare, spaced] if len(bare) == len(spaced) and bare[0] != spaced[0] else [bare]
+    assert tokenizer.bad_words_token_ids(words) == wanted and len(wanted) > len(words)
+    assert tokenizer.bad_words_token_ids([]) == []
+    for empty in ("", "  "):
+        with pytest.raises(ValueError, match="bad_words must hold words"):
+            tokenizer.bad_words_token_ids(["hello", empty])
+
+
+def test_long_texts_get_the_same_ids(tokenizer):
+    text = " ".join(CORPUS * 200)
+    assert len(text) > 20_000
+    assert tokenizer.encode(text) == tokenizer.vocabulary._tokenizer.encode(text).ids
+    with pytest.raises(ValueError, match="surrogate"):
+        tokenizer.encode(text + "\ud800")
 
 
 BOS = processors.TemplateProcessing(single="<|im_start|> $A", pair=None, special_tokens=[("<|im_start|>", 1)])
@@ -120,7 +242,7 @@ def test_generated_text_after_a_prompt_that_ends_inside_a_character(fallback):
     """As decoding it alone gives it, but for the first word's space: the prompt's bytes neither join nor eat any."""
     half, rest = [3 + byte for byte in "你".encode()[:2]], [3 + byte for byte in "你".encode()[2:]]
     emoji = [3 + byte for byte in "😀😀".encode()]
-    hello, world = (fallback._backend.token_to_id(word) for word in ("▁hello", "▁world"))
+    hello, world = (fallback.vocabulary.token_id(word) for word in ("▁hello", "▁world"))
     for prompt in ([1, hello, *half], [1, hello, *emoji, *half], [1, hello, *emoji]):
         assert stream_text(fallback, [*rest, hello, world], prompt=prompt)[0].text == "\ufffd hello world"
         assert stream_text(fallback, [hello, world], prompt=prompt)[0].text == " hello world"
@@ -231,13 +353,13 @@ def test_templates_are_sandboxed(tmp_path, attack):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.json", None, "does not exist"),
+        ("tokenizer.json", None, "does not exist, nor tokenizer.model"),
         ("tokenizer.json", "{", "is not a tokenizer"),
         ("tokenizer_config.json", None, "does not exist"),
         ("tokenizer_config.json", "[]", "must hold a JSON object"),
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "not valid Jinja"),
-        ("tokenizer_config.json", '{"chat_template": [{"name": "x", "template": ""}]}', "without a template named"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "x", "template": ""}]}', "no template named"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -246,6 +368,12 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.load(path)
     assert name in str(caught.value)
+
+
+def test_vocabularies_that_do_not_divide_text(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vocab.json does not say how text is divided. Write one with transformers"):
+        Tokenizer.load(tmp_path)
 
 
 def test_half_a_surrogate_pair(tokenizer):

@@ -1,0 +1,304 @@
+"""Finds ranks that are gone, silent or stuck, and then ends this one: torchrun starts all of them again.
+
+    world.watchdog.start()                      # all ranks together
+    watchdog.phase("loading", slow=True)        # the main loop tells where it is
+    watchdog.work_out(True); watchdog.progress(step)
+    watchdog.close()                            # all ranks, at a regular end
+
+Rank 0 keeps a conversation with every other rank, each in a thread: the other says how it is, rank 0 waits for a beat
+and answers with the table of all. So a connection that closes names its rank, and a verdict of rank 0, which judges,
+is with all others at once, since each always has a receive posted. They in turn judge rank 0's silence.
+
+No timeout of gloo's takes part. One that expires closes every connection of its group, and whom it was about cannot be
+told; nor can it know that this process itself was asleep. Instead ages are taken on a clock of the time that this
+process was awake (peers.AwakeClock).
+"""
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from infer import launch
+from infer.parallel import peers
+from infer.parallel.peers import AwakeClock, Fault, Identity, Limits, PeerState, Standing
+
+if TYPE_CHECKING:
+    from infer.parallel.groups import World
+
+STATUS = 1  # a rank that exits with 0 is no failure to torchrun
+TELL_SECONDS = 0.5  # how long rank 0 stays to tell the verdict to all who listen
+LAST_SECONDS = 3.0  # how long the last words and what `before_end` is to do may take
+
+# A rank that is lost shows here first. What NCCL's own watchdog does is a second net, and it must neither write dumps
+# nor wait for its default of 8 to 10 minutes.
+NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, do not clean up: that may hang
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "30",
+    "TORCH_NCCL_PROPAGATE_ERROR": "1",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+
+
+def set_nccl_environment(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets what the user has not set himself. To be called before the first NCCL group is made."""
+    for name, value in NCCL_ENVIRONMENT.items():
+        environ.setdefault(name, value)
+
+
+class Watchdog:
+    """Watches the other ranks of a world and is watched by them. Alone, or not started, it does nothing.
+
+    phase, work_out, progress and table may be called on any thread. limits: the same on all ranks.
+    """
+
+    def __init__(self, world: "World", limits: Limits | None = None):
+        self._env, self._rank, self._size, self._group = world.env, world.rank, world.size, world.watch_group
+        self._limits = limits or Limits()
+        tick = self._limits.beat / 2
+        self._tick, self._clock = tick, AwakeClock(longest=2 * tick)
+        self._world = [peers.own_identity(world.rank, socket.gethostname())]  # of all ranks, once started
+        counts_computing = world.device.type == "cpu"
+        self._own = Standing(self._world[0], self._clock, self._limits, counts_computing)
+        self._before_end: list[Callable[[], object]] = []
+        # What follows changes, or is read for a decision, under _changed.
+        self._changed = threading.Condition()
+        self._heard: dict[int, tuple[PeerState, float]] = {}  # of every other rank, and when, by _clock
+        self._left: set[int] = set()  # said farewell
+        self._told: set[int] = set()  # have the verdict
+        self._verdict: list[PeerState] = []
+        self._urgent = 0  # counts what the others must hear at once
+        self._closing = self._closed = False
+        self._talks: list[threading.Thread] = []
+        self._monitor = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    # ------------------------------------------------------------------ the main loop's
+
+    def start(self) -> None:
+        """Begins to watch. All ranks call it together."""
+        if self._size == 1:
+            return
+        self._introduce()
+        now = self._clock.now()
+        watched = range(1, self._size) if self._rank == 0 else [0]
+        self._heard = {rank: (self._unheard(rank), now) for rank in watched}
+        talk = self._answer if self._rank == 0 else self._report
+        self._talks = [
+            threading.Thread(target=talk, args=(rank,), name=f"watchdog-{rank}", daemon=True) for rank in watched
+        ]
+        for thread in [*self._talks, self._monitor]:
+            thread.start()
+
+    def phase(self, name: str, *, slow: bool = False) -> None:
+        """What the main loop does from now on. slow: Python's lock may be held for long, a step may take minutes.
+
+        Rank 0 should say it before it asks the others for something slow: while one rank is in a slow phase, all are
+        given that time to be silent.
+        """
+        self._own.set_phase(name, slow)
+        with self._changed:
+            self._urgent += 1
+            self._changed.notify_all()
+
+    def work_out(self, work_out: bool) -> None:
+        """Whether the main loop has something to do, and so has to move. A rank without work is never stuck."""
+        self._own.set_work_out(work_out)
+
+    def progress(self, step: int, *, waits: bool = False) -> None:
+        """The main loop begins a step; it has moved if that is another than before. Costs about a microsecond.
+
+        waits: until the next call it waits for other ranks, so that it is not to blame if nothing moves. Waiting within
+        infer/parallel is seen without it.
+        """
+        self._own.progress(step, waits)
+
+    def before_end(self, do: Callable[[], object]) -> None:
+        """Has something done before this process ends for another's loss, within LAST_SECONDS, on another thread."""
+        self._before_end.append(do)
+
+    def table(self) -> list[PeerState]:
+        """Every rank as last heard of, by rank. On rank 0 at first hand, elsewhere as rank 0 last told."""
+        with self._changed:
+            return self._table()
+
+    def lost(self, reason: str) -> NoReturn:
+        """Ends this process, whose main loop has met a broken connection, with the name of the rank that broke it.
+
+        That is the watchdog's to find; if it finds nobody within a few beats, `reason` is told instead.
+        """
+        if self._monitor.is_alive():
+            self._monitor.join(2 * self._limits.beat + TELL_SECONDS + LAST_SECONDS)
+        self._end(reason)
+
+    def close(self) -> None:
+        """Ends the watch once all ranks have called this; a rank that is lost meanwhile still ends this process."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._talks:
+            thread.join()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._monitor.is_alive():
+            self._monitor.join()
+        self._talks.clear()
+
+    # ------------------------------------------------------------------ the conversation
+
+    def _introduce(self) -> None:
+        words = torch.from_numpy(peers.encode_identity(self._world[0]))
+        heard = [torch.empty_like(words) for _ in range(self._size)]
+        dist.all_gather(heard, words, group=self._group)
+        self._world = [peers.decode_identity(told.numpy(), rank) for rank, told in enumerate(heard)]
+
+    def _unheard(self, rank: int) -> PeerState:
+        return PeerState(rank=rank, host=self._world[rank].host, pid=self._world[rank].pid)
+
+    def _answer(self, rank: int) -> None:
+        """Rank 0: hears one other rank and tells it of all, until it says farewell or is lost."""
+        urgent = 0
+        with self._blaming(rank):
+            while True:
+                states, farewell = self._receive(rank, num_rows=1)
+                with self._changed:
+                    self._heard[rank] = (states[0], self._clock.now())
+                    if farewell:
+                        self._left.add(rank)
+                        return
+                    self._changed.wait_for(functools.partial(self._has_news, urgent), self._limits.beat)
+                    urgent, table, closing, verdict = self._urgent, self._table(), self._closing, self._verdict
+                self._send(rank, table, farewell=closing and not verdict)
+                if verdict:
+                    with self._changed:
+                        self._told.add(rank)
+                        self._changed.notify_all()
+                    return
+
+    def _report(self, rank: int) -> None:
+        """Any other rank: tells rank 0 of itself and hears of all, until rank 0 says farewell or somebody is lost."""
+        farewell = False
+        with self._blaming(rank):
+            while not farewell:
+                self._send(rank, [self._own.state()], farewell=False)
+                table, farewell = self._receive(rank, num_rows=self._size)
+                with self._changed:
+                    self._heard = {p.rank: (p, self._clock.now() - p.age_seconds * (p.rank != 0)) for p in table}
+                    self._rule([peer for peer in table if peer.fault])
+            # Rank 0 closes at a regular end only, which all ranks have agreed on: its farewell is answered at once.
+            self._send(rank, [self._own.state()], farewell=True)
+            with self._changed:
+                self._left.add(rank)
+
+    @contextlib.contextmanager
+    def _blaming(self, rank: int) -> Iterator[None]:
+        """What goes wrong within is that rank's loss, unless the verdict is given already."""
+        fault = Fault.NONE
+        try:
+            yield
+        except RuntimeError:  # gloo's, of a closed connection
+            fault = Fault.GONE
+        except ValueError:
+            fault = Fault.GARBLED
+        if fault:
+            with self._changed:
+                self._rule([replace(self._aged(rank), fault=fault)])
+
+    def _send(self, rank: int, states: Sequence[PeerState], farewell: bool) -> None:
+        words = peers.encode(states, self._env.restart_count, farewell)
+        dist.send(torch.from_numpy(words), dst=rank, group=self._group)
+
+    def _receive(self, rank: int, num_rows: int) -> tuple[list[PeerState], bool]:
+        words = torch.from_numpy(np.empty(peers.num_words(num_rows), dtype=np.int32))
+        dist.recv(words, src=rank, group=self._group)
+        return peers.decode(words.numpy(), self._env.restart_count, self._world)
+
+    # ------------------------------------------------------------------ judging; all with _changed held
+
+    def _aged(self, rank: int) -> PeerState:
+        state, at = self._heard[rank]
+        return replace(state, age_seconds=self._clock.now() - at)
+
+    def _table(self) -> list[PeerState]:
+        blamed = {peer.rank: peer for peer in self._verdict}
+        states = {rank: self._aged(rank) for rank in self._heard} | {self._rank: self._own.state()} | blamed
+        return [states[rank] for rank in sorted(states)]
+
+    def _rule(self, blamed: list[PeerState]) -> None:
+        """The first verdict stands: what is seen after it are consequences."""
+        if blamed and not self._verdict:
+            self._verdict = blamed
+            self._changed.notify_all()
+
+    def _has_news(self, urgent: int) -> bool:
+        """Whether the others must hear at once. urgent: the count at the time they heard last."""
+        return bool(self._verdict) or self._closing or self._urgent != urgent
+
+    def _judge(self) -> None:
+        if self._rank == 0:
+            watched = [peer for peer in self._table() if peer.rank not in self._left]
+        elif 0 in self._left:
+            watched = []
+        else:  # of the others' faults, and of its own main loop's, rank 0 tells
+            watched = [replace(self._aged(0), work_out=False, slow=any(peer.slow for peer in self._table()))]
+        self._rule(peers.judge(watched, self._limits))
+
+    # ------------------------------------------------------------------ the end
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._verdict and not self._closed:
+                self._changed.wait(self._tick)
+                self._clock.tick()
+                self._own.observe()
+                self._judge()
+            if not self._verdict:
+                return
+            blamed = self._verdict
+            if self._rank == 0:
+                listening = set(self._heard) - self._left - {p.rank for p in blamed if p.fault != Fault.STUCK}
+                self._changed.wait_for(lambda: listening <= self._told, TELL_SECONDS)
+        for peer in blamed:
+            if peer.fault == Fault.SILENT:  # others have a thread that ends them
+                self._kill(self._world[peer.rank])
+        self._end("; ".join(peer.describe() for peer in blamed))
+
+    def _kill(self, who: Identity) -> None:
+        """Ends a rank of this machine that may be stopped: torchrun would wait for it for 30 s."""
+        own = self._world[self._rank]
+        if who.rank == self._rank or not own.machine or who.machine != own.machine or not hasattr(os, "pidfd_open"):
+            return
+        with contextlib.suppress(OSError):  # it is gone, or not ours to kill
+            pidfd = os.pidfd_open(who.pid)  # from here on the number means one process, so the check holds
+            try:
+                if launch.process_key(who.pid) == f"{who.pid}-{who.start_time}":
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+
+    def _end(self, reason: str) -> NoReturn:
+        """The last words, on a thread of their own: this process ends even if nobody reads what it writes."""
+        line = f"infer: rank {self._rank} ends: {reason}".splitlines()[0] + "\n"
+
+        def last() -> None:
+            launch.exit_if_failed_before(self._env)  # a user's error: the rank that is gone has told it
+            with contextlib.suppress(OSError, ValueError):
+                os.write(sys.stderr.fileno(), line.encode(errors="backslashreplace"))
+                sys.stdout.flush()
+            for do in self._before_end:
+                do()
+
+        thread = threading.Thread(target=last, name="last-words", daemon=True)
+        thread.start()
+        thread.join(LAST_SECONDS)
+        os._exit(STATUS)
