@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infer.llm import LLM
     from infer.outputs import CompletionOutput, RequestOutput
-    from infer.request import FinishReason, SamplingParams
+    from infer.request import FinishReason, SamplingParams, StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "FinishReason", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "FinishReason", "RequestOutput", "SamplingParams", "StructuredOutputs"]
 
 _HOME = {
     "LLM": "infer.llm",
@@ -21,6 +21,7 @@ _HOME = {
     "RequestOutput": "infer.outputs",
     "FinishReason": "infer.request",
     "SamplingParams": "infer.request",
+    "StructuredOutputs": "infer.request",
 }
 
 

@@ -65,7 +65,7 @@ def client(running: Server) -> Iterator[openai.OpenAI]:
     """A client; after the test nothing runs and every block is free."""
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0, timeout=120) as made:
         yield made
-    _wait_idle(running)
+    _wait_for(running, num_running=0, blocks_in_use=False)
 
 
 def _metric(running: Server, name: str) -> float:
@@ -77,10 +77,14 @@ def _metric(running: Server, name: str) -> float:
     return float(found[1])
 
 
-def _wait_idle(running: Server) -> None:
+def _wait_for(running: Server, *, num_running: int, blocks_in_use: bool) -> None:
+    """The engine tells its figures as soon as it begins and ends to work."""
     deadline = time.monotonic() + 20
-    while _metric(running, "num_requests_running") or _metric(running, "kv_cache_usage_perc"):
-        assert time.monotonic() < deadline, "requests run, or blocks are held, after the test"
+    while True:
+        found = _metric(running, "num_requests_running"), _metric(running, "kv_cache_usage_perc") > 0
+        if found == (num_running, blocks_in_use):
+            return
+        assert time.monotonic() < deadline, f"{found[0]:g} requests run, blocks are held: {found[1]}"
         time.sleep(0.05)
 
 
@@ -334,9 +338,9 @@ def test_leaving_a_stream_frees_its_blocks(client: openai.OpenAI, running: Serve
     for i, _ in enumerate(stream):
         if i == 3:
             break
-    assert _metric(running, "num_requests_running") == 1
+    _wait_for(running, num_running=1, blocks_in_use=True)
     stream.close()
-    _wait_idle(running)
+    _wait_for(running, num_running=0, blocks_in_use=False)
     assert _metric(running, "generation_tokens_total") < 5000
 
 

@@ -402,9 +402,9 @@ def test_the_last_in_order_is_preempted_though_it_came_first():
     first = with_priority("first", [2, 3, 4], 1, seed=1, max_tokens=12, ignore_eos=True)
     urgent = with_priority("urgent", [5, 6, 7], 0, seed=2, max_tokens=12, ignore_eos=True)
     simulation.scheduler.add(first)
-    simulation.step()
+    outputs = simulation.step()
     simulation.scheduler.add(urgent)
-    outputs = finish(simulation)
+    outputs += finish(simulation)
     assert simulation.scheduler.stats.num_preemptions > 0
     ended = [output.request_id for output in outputs if output.finish_reason is not None]
     assert ended == ["urgent", "first"]

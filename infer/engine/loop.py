@@ -219,9 +219,8 @@ class Engine:
 
     @property
     def stats_due(self) -> bool:
-        """Whether the frontend should be told: once a second, and as soon as the work is done."""
-        came_to_rest = self._stats_told_work and not self.has_work
-        return came_to_rest or time.monotonic() - self._stats_sent >= STATS_SECONDS
+        """Whether the frontend should be told: once a second, and as soon as work begins or is done."""
+        return self._stats_told_work != self.has_work or time.monotonic() - self._stats_sent >= STATS_SECONDS
 
     def stats_message(self) -> EngineStats:
         """How the engine is doing, for the frontend. Costs a round trip to the store where there are several ranks."""
@@ -232,7 +231,6 @@ class Engine:
             num_running=len(scheduler.running), num_waiting=len(scheduler.waiting),
             kv_cache_usage=scheduler.kv_cache_usage, num_preemptions=stats.num_preemptions,
             prefix_cache_queries=stats.prefix_cache_queries, prefix_cache_hits=stats.prefix_cache_hits,
-            num_prompt_tokens=stats.num_prompt_tokens, num_generation_tokens=stats.num_generation_tokens,
             iteration_tokens=step_tokens, active_seconds=pipeline.active, stage_busy_seconds=pipeline.busy,
             heartbeat_ages=self._heartbeats.ages,
         )  # fmt: skip

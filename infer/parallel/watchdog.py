@@ -5,9 +5,9 @@
     watchdog.work_out(True); watchdog.progress(step)
     watchdog.close()                            # all ranks, at a regular end
 
-Rank 0 keeps a conversation with every other rank, each in a thread: the other says how it is, rank 0 waits for a beat
-and answers with the table of all. So a connection that closes names its rank, and a verdict of rank 0, which judges,
-is with all others at once, since each always has a receive posted. They in turn judge rank 0's silence.
+Rank 0 and each other rank tell one another how they are, once a beat: the other of itself, rank 0 of all. For every
+connection there is a thread that sends and one that has a receive posted all the time. So a connection that closes
+names its rank at once, and a verdict of rank 0, which judges, is with all others at once. They judge rank 0's silence.
 
 No timeout of gloo's takes part. One that expires closes every connection of its group, and whom it was about cannot be
 told; nor can it know that this process itself was asleep. Instead ages are taken on a clock of the time that this
@@ -92,9 +92,10 @@ class Watchdog:
         now = self._clock.now()
         watched = range(1, self._size) if self._rank == 0 else [0]
         self._heard = {rank: (self._unheard(rank), now) for rank in watched}
-        talk = self._answer if self._rank == 0 else self._report
         self._talks = [
-            threading.Thread(target=talk, args=(rank,), name=f"watchdog-{rank}", daemon=True) for rank in watched
+            threading.Thread(target=talk, args=(rank,), name=f"watchdog-{rank}", daemon=True)
+            for rank in watched
+            for talk in (self._listen, self._speak)
         ]
         for thread in [*self._talks, self._monitor]:
             thread.start()
@@ -165,40 +166,37 @@ class Watchdog:
     def _unheard(self, rank: int) -> PeerState:
         return PeerState(rank=rank, host=self._world[rank].host, pid=self._world[rank].pid)
 
-    def _answer(self, rank: int) -> None:
-        """Rank 0: hears one other rank and tells it of all, until it says farewell or is lost."""
-        urgent = 0
+    def _listen(self, rank: int) -> None:
+        """Hears a rank until it says farewell. A receive is posted all the time, so that its end is known at once."""
+        num_rows = 1 if self._rank == 0 else self._size
+        farewell = False
         with self._blaming(rank):
-            while True:
-                states, farewell = self._receive(rank, num_rows=1)
+            while not farewell:
+                table, farewell = self._receive(rank, num_rows)
                 with self._changed:
-                    self._heard[rank] = (states[0], self._clock.now())
+                    now = self._clock.now()
+                    for peer in table:
+                        if peer.rank != self._rank:
+                            self._heard[peer.rank] = (peer, now - peer.age_seconds)
                     if farewell:
                         self._left.add(rank)
-                        return
+                    self._rule([peer for peer in table if peer.fault])
+
+    def _speak(self, rank: int) -> None:
+        """Tells a rank of this one, and rank 0 of all, once a beat and when there is news, until the end."""
+        urgent, ended = 0, False
+        with self._blaming(rank):
+            while not ended:
+                with self._changed:
                     self._changed.wait_for(functools.partial(self._has_news, urgent), self._limits.beat)
-                    urgent, table, closing, verdict = self._urgent, self._table(), self._closing, self._verdict
-                self._send(rank, table, farewell=closing and not verdict)
+                    urgent, verdict, farewell = self._urgent, bool(self._verdict), self._closing
+                    table = self._table() if self._rank == 0 else [self._own.state()]
+                ended = verdict or farewell
+                self._send(rank, table, farewell=farewell and not verdict)
                 if verdict:
                     with self._changed:
                         self._told.add(rank)
                         self._changed.notify_all()
-                    return
-
-    def _report(self, rank: int) -> None:
-        """Any other rank: tells rank 0 of itself and hears of all, until rank 0 says farewell or somebody is lost."""
-        farewell = False
-        with self._blaming(rank):
-            while not farewell:
-                self._send(rank, [self._own.state()], farewell=False)
-                table, farewell = self._receive(rank, num_rows=self._size)
-                with self._changed:
-                    self._heard = {p.rank: (p, self._clock.now() - p.age_seconds * (p.rank != 0)) for p in table}
-                    self._rule([peer for peer in table if peer.fault])
-            # Rank 0 closes at a regular end only, which all ranks have agreed on: its farewell is answered at once.
-            self._send(rank, [self._own.state()], farewell=True)
-            with self._changed:
-                self._left.add(rank)
 
     @contextlib.contextmanager
     def _blaming(self, rank: int) -> Iterator[None]:
@@ -268,10 +266,7 @@ class Watchdog:
             if self._rank == 0:
                 listening = set(self._heard) - self._left - {p.rank for p in blamed if p.fault != Fault.STUCK}
                 self._changed.wait_for(lambda: listening <= self._told, TELL_SECONDS)
-        for peer in blamed:
-            if peer.fault == Fault.SILENT:  # others have a thread that ends them
-                self._kill(self._world[peer.rank])
-        self._end("; ".join(peer.describe() for peer in blamed))
+        self._end("; ".join(peer.describe() for peer in blamed), blamed)
 
     def _kill(self, who: Identity) -> None:
         """Ends a rank of this machine that may be stopped: torchrun would wait for it for 30 s."""
@@ -286,7 +281,7 @@ class Watchdog:
             finally:
                 os.close(pidfd)
 
-    def _end(self, reason: str) -> NoReturn:
+    def _end(self, reason: str, blamed: Sequence[PeerState] = ()) -> NoReturn:
         """The last words, on a thread of their own: this process ends even if nobody reads what it writes."""
         line = f"infer: rank {self._rank} ends: {reason}".splitlines()[0] + "\n"
 
@@ -301,4 +296,7 @@ class Watchdog:
         thread = threading.Thread(target=last, name="last-words", daemon=True)
         thread.start()
         thread.join(LAST_SECONDS)
+        for peer in blamed:  # at the very end: of such a death torchrun hears at once, and has this process end itself
+            if peer.fault == Fault.SILENT:  # the others end by themselves
+                self._kill(self._world[peer.rank])
         os._exit(STATUS)

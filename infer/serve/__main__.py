@@ -169,7 +169,8 @@ class Server:
                     self._handle_message(engine, self._inbox.get(timeout=1.0))
                 except queue.Empty:
                     engine.log_stats()
-                self._send_stats(engine)
+                if not engine.has_work:  # else the figures mean more after the step that schedules it
+                    self._send_stats(engine)
             if outputs := engine.step():
                 self._link.send(Outputs(items=outputs))
             self._send_stats(engine)

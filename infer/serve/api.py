@@ -55,8 +55,9 @@ class Api:
         self._tokenize.add_routes(router)
 
     def close(self) -> None:
-        """Ends the threads that heavy work was done in."""
+        """Ends the threads that heavy work was done in, and the process that checks grammars."""
         self._offload.close()
+        self._prompting.close()
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         hello = self._client.ready()

@@ -33,9 +33,7 @@ class ChatFormat:
         tool_call_parser: str | None = None, reasoning_parser: str | None = None, response_role: str = "assistant",
     ) -> None:  # fmt: skip
         if enable_auto_tool_choice and tool_call_parser is None:
-            raise ValueError(
-                f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(tools.PARSERS)}"
-            )
+            raise ValueError(f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(tools.PARSERS)}")
         parser = None if tool_call_parser is None else tools.parser_class(tool_call_parser)
         self.tool_parser: type[ToolParser] | None = parser if enable_auto_tool_choice else None
         self.reasoning_parser: type[ReasoningParser] | None = (
@@ -95,13 +93,16 @@ class SpecialTextFilter:
 class ChatOutput:
     """Takes one choice's text apart as it comes. Whether it comes in pieces or whole makes no difference.
 
-    most_calls: calls beyond so many are left out (parallel_tool_calls false); None: all are given.
+    most_calls: calls beyond so many are left out (parallel_tool_calls false); None: all are given. num_chars: of text
+    taken so far. is_over: no more is taken.
     """
 
     def __init__(
         self, special: SpecialTextFilter | None, thinking: ReasoningParser | None, calling: ToolParser | None,
         most_calls: int | None = None,
     ) -> None:  # fmt: skip
+        self.num_chars = 0
+        self.is_over = False
         self._special = special
         self._thinking = thinking
         self._calling = calling
@@ -113,6 +114,9 @@ class ChatOutput:
 
     def feed(self, text: str, is_last: bool) -> ChatDelta:
         """What more text makes certain; with the last, all that was held back."""
+        assert not self.is_over
+        self.num_chars += len(text)
+        self.is_over = is_last
         if self._special is not None:
             text = self._special.feed(text) + (self._special.finish() if is_last else "")
         delta = ChatDelta(content=text)

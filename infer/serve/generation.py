@@ -60,12 +60,15 @@ class Generation:
         return usage(self.prompts, self.choices)
 
     async def step(self) -> list[tuple[Choice, Delta]]:
-        """Waits for outputs; returns what they add to each choice, in order. Raises ApiError where one failed."""
-        steps = []
+        """Waits for outputs; returns what they add to each choice, once each. Raises ApiError where one failed."""
+        deltas: dict[int, Delta] = {}
         for output in self._usable(await self._take()):
-            if self._choice(output).finish_reason is None:  # else a stop string ended it, earlier in these outputs
-                steps.append(self._accept(output))
-        return steps
+            choice = self._choice(output)
+            if choice.finish_reason is None:  # else a stop string ended it, earlier in these outputs
+                delta = self._accept(choice, output)
+                # One a choice: when it is rendered, the choice stands where its last output has brought it.
+                deltas[choice.index] = deltas[choice.index].plus(delta) if choice.index in deltas else delta
+        return [(self.choices[index], delta) for index, delta in deltas.items()]
 
     async def _take(self) -> list[Output]:
         try:
@@ -90,8 +93,7 @@ class Generation:
     def _choice(self, output: Output) -> Choice:
         return self.choices[self._first_choice[output.request_id] + output.index]
 
-    def _accept(self, output: Output) -> tuple[Choice, Delta]:
-        choice = self._choice(output)
+    def _accept(self, choice: Choice, output: Output) -> Delta:
         if _has_failed(output):
             message = output.error or "the engine ended this request"
             raise ApiError(500, message, type="server_error", code="engine_error")
@@ -104,7 +106,7 @@ class Generation:
         if choice.finish_reason is not None:
             self._num_running -= 1
             self._client.drop_choice(self.job, output.request_id, output.index, choice.finish_reason)
-        return choice, delta
+        return delta
 
     def close(self) -> None:
         """Ends in the engine whatever the client no longer waits for."""

@@ -81,8 +81,6 @@ class EngineStats(_Message):
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
-    num_prompt_tokens: int = 0
-    num_generation_tokens: int = 0
     iteration_tokens: list[int] = []
     active_seconds: float = 0.0
     stage_busy_seconds: list[float] = []

@@ -37,6 +37,10 @@ class Prompting:
         self._offload = offload
         self._default_max_tokens = default_max_tokens
 
+    def close(self) -> None:
+        """Ends the process that grammars are checked in. Waits for a check under way, a second at most."""
+        self._grammars.close()
+
     async def text_prompts(
         self, texts: list[str], add_special_tokens: bool, body: SamplingBody, hello: Hello
     ) -> list[Prompt]:

@@ -34,6 +34,12 @@ class Delta:
     echo: bool = False  # the prompt's text and log-probabilities go before
     token_ids: list[int] = field(default_factory=list)
 
+    def plus(self, later: "Delta") -> "Delta":
+        """Both as one."""
+        return Delta(
+            self.text + later.text, self.logprobs + later.logprobs, self.echo, self.token_ids + later.token_ids
+        )
+
 
 class Choice:
     """One choice on its way: its text, why it ended, and what a whole reply needs of it.

@@ -33,7 +33,13 @@ class ChatReply(Reply):
         return self._outputs[choice.index]
 
     def _feed(self, choice: Choice, text: str) -> ChatDelta:
-        delta = self._output(choice).feed(text, is_last=choice.finish_reason is not None)
+        """A choice may be over while more than one of its outputs is still to be shown: the last is the one that its
+        text ends with."""
+        output = self._output(choice)
+        if output.is_over:
+            return ChatDelta()
+        is_last = choice.finish_reason is not None and output.num_chars + len(text) == len(choice.stream.text)
+        delta = output.feed(text, is_last)
         if not self._body.include_reasoning:
             delta.reasoning = ""
         return delta
@@ -50,10 +56,12 @@ class ChatReply(Reply):
             message |= {"reasoning_content": found.reasoning, "reasoning": found.reasoning}
         if found.calls:
             message["tool_calls"] = [shown_call(call, whole=True) for call in found.calls]
-        return self._choice(choice, "message", message, choice.logprobs)
+        return self._choice(choice, "message", message, choice.logprobs, ends=True)
 
     def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        was_over = self._output(choice).is_over
         found = self._feed(choice, delta.text)
+        ends = self._output(choice).is_over and not was_over
         first = choice.num_chunks == 0
         shown: dict[str, Any] = {"role": self._body.reply_role} if first else {}
         content = self._body.echoed_text + found.content if first else found.content
@@ -63,19 +71,19 @@ class ChatReply(Reply):
             shown |= {"reasoning_content": found.reasoning, "reasoning": found.reasoning}
         if found.calls:
             shown["tool_calls"] = [shown_call(call, whole=False) for call in found.calls]
-        if not shown and not delta.logprobs and choice.finish_reason is None:
+        if not shown and not delta.logprobs and not ends:
             return None
-        return self._choice(choice, "delta", shown, delta.logprobs)
+        return self._choice(choice, "delta", shown, delta.logprobs, ends)
 
     def _choice(
-        self, choice: Choice, name: str, said: dict[str, Any], logprobs: Sequence[TokenLogprobs]
+        self, choice: Choice, name: str, said: dict[str, Any], logprobs: Sequence[TokenLogprobs], ends: bool
     ) -> dict[str, Any]:
         return {
             "index": choice.index,
             name: said,
             "logprobs": self._logprobs(logprobs) if self._with_logprobs else None,
-            "finish_reason": self._finish_reason(choice),
-            "stop_reason": choice.stop_reason,
+            "finish_reason": self._finish_reason(choice) if ends else None,
+            "stop_reason": choice.stop_reason if ends else None,
         }
 
     def _finish_reason(self, choice: Choice) -> str | None:

@@ -159,8 +159,9 @@ class ChatBody(SamplingBody, dict=True):
             raise bad_request("tool_choice asks for a call, but there are no tools", "tool_choice")
         if isinstance(choice, NamedTool):
             self._named_tool(choice)
-        asked = super().grammar()
-        if asked is not None and self.choice_of_tools != "none":
+        # structured_outputs may well describe a text with calls in it; what the client means then is its own to say.
+        decides = self.choice_of_tools == "auto" and self.text_field != "response_format"
+        if super().grammar() is not None and self.choice_of_tools != "none" and not decides:
             raise bad_request(
                 f"{self.text_field} says what the whole text must be, so that no tool can be called; leave it out, or "
                 'set tool_choice to "none"', self.text_field,

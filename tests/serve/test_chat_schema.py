@@ -7,8 +7,11 @@ import pytest
 from fake_engine import FakeEngine, is_ready, wait_until
 
 from infer.config import ServerConfig
+from infer.request import FinishReason, Output, Request
 from infer.serve.chat_format import ChatFormat, SpecialTextFilter, SpecialTexts
 from infer.serve.errors import ApiError
+from infer.serve.render import Choice, Prompt
+from infer.serve.render_chat import ChatReply
 from infer.serve.schema import parse
 from infer.serve.schema_chat import ChatBody
 from infer.serve.spawn import start_frontend
@@ -87,7 +90,11 @@ def test_bad_messages(message, match):
         ("tool_choice", "enum value", {"tool_choice": "any", "tools": [WEATHER]}),
         ("tool_choice", "--enable-auto-tool-choice", {"tools": [WEATHER]}),
         ("response_format", "no tool can be called", {"tools": [WEATHER], "response_format": {"type": "json_object"}}),
-        ("structured_outputs", "no tool", {"tools": [TIME], "structured_outputs": {"regex": "a"}}),
+        ("response_format", "no tool", {"tools": [TIME], "response_format": {"type": "json_object"}}),
+        (
+            "structured_outputs", "no tool",
+            {"tools": [TIME], "tool_choice": "required", "structured_outputs": {"regex": "a"}},
+        ),
         ("reasoning_effort", "enum value", {"reasoning_effort": "huge"}),
         (
             "reasoning_effort", "differ",
@@ -246,7 +253,7 @@ def test_reasoning_has_fields_of_its_own(calling):
     client, _ = calling
     asked = {"tools": [TIME], "n": 8, "max_tokens": 110}  # the fake engine begins choice k at the prompt's token k
     choices = ask(client, **asked).choices
-    [found] = [choice for choice in choices if hasattr(choice.message, "reasoning_content")]
+    found = next(choice for choice in choices if hasattr(choice.message, "reasoning_content"))
     assert found.message.reasoning_content == found.message.reasoning == "hm"
     assert found.message.content == "I look." and found.message.tool_calls
     chunks = [chunk for chunk in ask(client, stream=True, **asked) if chunk.choices[0].index == found.index]
@@ -256,6 +263,23 @@ def test_reasoning_has_fields_of_its_own(calling):
     hidden = ask(client, extra_body={"include_reasoning": False}, **asked).choices
     assert not any(hasattr(choice.message, "reasoning_content") for choice in hidden)
     assert hidden[found.index].message.content == "I look."
+
+
+def test_outputs_that_wait_when_the_choice_is_over(tokenizer):
+    """They are taken in together and shown one by one; only the last of them ends the choice."""
+    body = body_of(tools=[TIME])
+    body.prepare(AUTO)
+    request = Request(request_id="r", prompt_token_ids=[65], params=body.sampling_params(500), seed=1)
+    choice, reply = Choice(0, Prompt([65]), request, tokenizer), ChatReply("i", "m", tokenizer, body)
+    ids = [*tokenizer.encode('<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'), 2]
+    outputs = [Output(request_id="r", token_ids=[token]) for token in ids[:-1]]
+    last = Output(request_id="r", token_ids=[2], finish_reason=FinishReason.STOP)
+    deltas = [choice.accept(output) for output in [*outputs, last]]
+    chunks = [chunk["choices"][0] for delta in deltas if (chunk := reply.chunk(choice, delta)) is not None]
+    assert [chunk["finish_reason"] for chunk in chunks if chunk["finish_reason"]] == ["tool_calls"]
+    calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
+    assert calls[0]["function"]["name"] == "get_time"
+    assert "".join(call["function"]["arguments"] for call in calls) == "{}"
 
 
 def test_named_calls_and_grammars_reach_the_engine(calling):

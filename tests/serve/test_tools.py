@@ -253,8 +253,17 @@ def test_the_scanner_knows_json():
         assert scanner.broken and not is_json(text), text
 
 
-TREE = {"$ref": "#/$defs/Node", "$defs": {"Node": {"type": "object", "properties": {
-    "n": {"type": "integer"}, "next": {"$ref": "#/$defs/Node"}}, "required": ["n"], "additionalProperties": False}}}
+TREE = {
+    "$ref": "#/$defs/Node",
+    "$defs": {
+        "Node": {
+            "type": "object",
+            "properties": {"n": {"type": "integer"}, "next": {"$ref": "#/$defs/Node"}},
+            "required": ["n"],
+            "additionalProperties": False,
+        }
+    },
+}
 LEAF = {"type": "object", "properties": {"leaf": {"$ref": "#/$defs/Node"}, "again": {"$ref": "#/properties/leaf"}},
         "required": ["leaf"], "$defs": {"Node": {"type": "string", "enum": ["x", "y"]}}}  # fmt: skip
 
