@@ -67,6 +67,7 @@ class LLM:
         number = self._process.num_engines
         self._engine = Engine(self._process.world, self._process.courier, config, number=number)
         self._process.engine = self._engine
+        self._pause()
         self._open = True
         self._seeds = random.Random(config.seed)
         self._num_requests = 0
@@ -199,6 +200,7 @@ class LLM:
         by_id = {job.request.request_id: job for job in jobs}
         engine, num_open = self._engine, len(jobs)
         bar = tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True)
+        self._process.world.watchdog.phase("generating")
         try:
             for job in jobs:
                 engine.submit(job.request)
@@ -221,6 +223,12 @@ class LLM:
                 if job.open_choices:
                     engine.abort(job.request.request_id)
             bar.close()
+            self._pause()
+
+    def _pause(self) -> None:
+        """Between two calls the script may do as it likes, holding Python's lock too."""
+        self._process.world.watchdog.work_out(False)
+        self._process.world.watchdog.phase("between calls", slow=True)
 
     def _take(self, job: _Job, output: Output) -> None:
         choice, stream = job.output.outputs[output.index], job.streams[output.index]

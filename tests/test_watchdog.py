@@ -4,14 +4,17 @@ import re
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from worlds import SCRIPTS, run_world
 
+from infer.launch import RankEnv
 from infer.parallel import peers
 from infer.parallel.peers import AwakeClock, Fault, Identity, Limits, PeerState, Standing, judge
-from infer.parallel.watchdog import NCCL_ENVIRONMENT, set_nccl_environment
+from infer.parallel.watchdog import NCCL_ENVIRONMENT, Watchdog, set_nccl_environment
 
 LIMITS = Limits()
 
@@ -169,6 +172,20 @@ def test_limits_are_longer_than_beats():
         Limits(silent=2)
     with pytest.raises(ValueError, match=r"beat .* must be positive"):
         Limits(beat=0)
+
+
+def test_one_rank_has_a_table_and_no_threads():
+    env = RankEnv()
+    threads = threading.active_count()
+    watchdog = Watchdog(SimpleNamespace(env=env, rank=0, size=1, device=torch.device("cpu"), watch_group=None))
+    watchdog.start()
+    watchdog.phase("serving")
+    watchdog.work_out(True)
+    watchdog.progress(3)
+    (state,) = watchdog.table()
+    assert (state.rank, state.phase, state.slow, state.step, state.work_out) == (0, "serving", False, 3, True)
+    assert threading.active_count() == threads
+    watchdog.close()
 
 
 def test_what_the_user_set_for_nccl_stands():

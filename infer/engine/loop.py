@@ -104,10 +104,12 @@ class Engine:
         self._world, self._courier, self._topology = world, courier, topology
         courier.idle_seconds = min(IDLE_SECONDS, config.distributed_timeout_seconds / 4)
         self._name = f"engine{number}"
+        world.watchdog.phase("building", slow=True)  # before the others are asked to: from here on they may be silent
         courier.send(Kind.BUILD, {"config": encode_config(config), "name": self._name, "is_server": is_server})
         phases = Phases(world, self._name, is_server, progress)
         self.built: Built = build(world, config, phases)
         phases.run("getting ready", lambda: None)
+        world.watchdog.phase("serving")
         self.config, self.model_config = config, self.built.model_config
         self.max_model_len = self.built.max_model_len
         self.scheduler = Scheduler(
@@ -127,6 +129,7 @@ class Engine:
         self._heartbeats = Heartbeats(world.store, self._name, topology)  # all have beaten: they are ready
         self._step_tokens: deque[int] = deque(maxlen=MAX_STEPS_TOLD)  # of the steps that no stats_message() told of
         self._reported = 0.0
+        self._last_step = 0
         self._stats_sent, self._stats_told_work = -math.inf, False
         # Set by an exception inside a step: the scheduler then counts on batches that never ran, so nothing may follow.
         # Its words, for the exception itself refers to frames, and so to the tensors of the step.
@@ -160,15 +163,18 @@ class Engine:
             return self._step()
         except BaseException as error:
             self.broken = repr(error)
+            self._rest()
             raise
 
     def _step(self) -> list[Output]:
         self._clock.start()
+        self._world.watchdog.work_out(True)
         while (batch := self.scheduler.next()) is not None:
             self._run(batch)
         if not self.scheduler.num_in_flight:  # everything was aborted meanwhile
-            self._clock.stop()
+            self._rest()
             return []
+        self._world.watchdog.progress(self._last_step, waits=True)
         try:
             result = self._results.get(timeout=RESULT_SECONDS)
         except queue.Empty:
@@ -177,15 +183,22 @@ class Engine:
             raise RankLost(f"the rank that samples is gone: {result}")
         outputs = self.scheduler.update(result)
         if not self.has_work:
-            self._clock.stop()
+            self._rest()
         self.log_stats()
         return outputs
+
+    def _rest(self) -> None:
+        """There is nothing to do: from here on nothing is late."""
+        self._clock.stop()
+        self._world.watchdog.work_out(False)
 
     def _run(self, batch: Batch) -> None:
         now = time.monotonic()
         if self._world.size > 1 and now - self._reported > REPORT_SECONDS:
             batch.report, self._reported = True, now
         self._step_tokens.append(batch.num_tokens)
+        self._last_step = batch.step
+        self._world.watchdog.progress(batch.step)
         self._courier.send_batch(batch)
         try:
             result = self.built.runner.run(batch)
@@ -328,6 +341,7 @@ class Follower:
         with contextlib.suppress(StartupError):
             self._built = build(self._world, decode_config(payload["config"]), phases)
             phases.run("getting ready", self._beat)  # rank 0 sends steps once every rank has its runner in place
+            self._world.watchdog.phase("serving")
 
     def _beat(self) -> None:
         """Tells rank 0 that this loop goes round. Nobody listens while no engine is built."""
@@ -341,6 +355,8 @@ class Follower:
     def _step(self, batch: Batch) -> None:
         built = self._built
         assert built is not None, "a batch came before an engine was built"
+        self._world.watchdog.work_out(True)
+        self._world.watchdog.progress(batch.step)
         try:
             result = built.runner.run(batch)
             if result is not None:
@@ -350,6 +366,7 @@ class Follower:
             if _is_connection_loss(error):
                 raise RankLost(f"a rank is gone: {error}") from error
             raise
+        self._world.watchdog.work_out(False)
         if batch.report:
             self._beat()
 
@@ -373,8 +390,7 @@ def follow(world: World) -> NoReturn:
         Follower(world).run()
         leave(world)
     except RankLost as lost:
-        print(f"infer: rank {world.rank} ends: {lost}".splitlines()[0], file=sys.stderr)
-        status = 1
+        world.watchdog.lost(str(lost))
     except BaseException:
         traceback.print_exc()
         status = 1

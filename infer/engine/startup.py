@@ -58,6 +58,9 @@ class Phases:
         collective: the ranks exchange something within; one that fails ends its process, since others wait for it.
         """
         self._progress(phase)
+        watchdog = self._world.watchdog
+        watchdog.phase(phase, slow=True)
+        watchdog.work_out(True)
         started = time.monotonic()
         error: str | None = None
         value = None
@@ -70,7 +73,10 @@ class Phases:
             error = f"{phase} failed: {type(problem).__name__}: {problem}"
             if collective and self._world.size > 1:
                 launch.fail(f"rank {self._world.rank}: {error}", self._world.env, code=1)
-        self._settle(phase, error)
+        try:
+            self._settle(phase, error)
+        finally:
+            watchdog.work_out(False)
         self.seconds[phase] = time.monotonic() - started
         return value  # type: ignore[return-value]
 

@@ -78,7 +78,7 @@ class Watchdog:
         self._told: set[int] = set()  # have the verdict
         self._verdict: list[PeerState] = []
         self._urgent = 0  # counts what the others must hear at once
-        self._closing = self._closed = False
+        self._closing = self._closed = self._stood_down = False
         self._talks: list[threading.Thread] = []
         self._monitor = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -140,6 +140,10 @@ class Watchdog:
         if self._monitor.is_alive():
             self._monitor.join(2 * self._limits.beat + TELL_SECONDS + LAST_SECONDS)
         self._end(reason)
+
+    def stand_down(self) -> None:
+        """This process is about to end by intent; that others end is no news any more. May be called by a handler."""
+        self._stood_down = True
 
     def close(self) -> None:
         """Ends the watch once all ranks have called this; a rank that is lost meanwhile still ends this process."""
@@ -234,7 +238,7 @@ class Watchdog:
 
     def _rule(self, blamed: list[PeerState]) -> None:
         """The first verdict stands: what is seen after it are consequences."""
-        if blamed and not self._verdict:
+        if blamed and not self._verdict and not self._stood_down:
             self._verdict = blamed
             self._changed.notify_all()
 

@@ -21,6 +21,7 @@ from infer.serve.timeline import Timeline
 
 if TYPE_CHECKING:
     from infer.engine.loop import Engine
+    from infer.parallel.watchdog import Watchdog
     from infer.serve.spawn import FrontendHandle
 
 logger = logging.getLogger("infer.serve")
@@ -79,6 +80,7 @@ class Server:
         self._frontend_starts: list[float] = []
         self._timeline = Timeline("starting Python")
         self._handle: FrontendHandle | None = None
+        self._watchdog: Watchdog | None = None
 
     def run(self) -> None:
         """Serves until the process is told to end. A user's mistake ends it with one line, anything else in a trace."""
@@ -127,6 +129,8 @@ class Server:
 
         self._timeline.begin("joining the world")
         process = Process.join(self._env)
+        self._watchdog = process.world.watchdog
+        self._watchdog.before_end(lambda: self._handle and self._handle.stop(timeout=2.0))
         self._timeline.begin("checking the model")
         model_path, _ = check(config, self._env.world_size, program)
         self._paths = model_path, tokenizer_path(config, model_path)
@@ -155,9 +159,9 @@ class Server:
         from infer.engine.loop import RankLost
 
         if isinstance(error, RankLost):
-            print(f"infer: rank 0 ends: {error}".splitlines()[0], file=sys.stderr)
-        else:
-            traceback.print_exception(error)
+            assert self._watchdog is not None, "the world was joined"
+            self._watchdog.lost(str(error))
+        traceback.print_exception(error)
         self._end(1)
 
     def _loop(self, engine: "Engine") -> None:
@@ -260,6 +264,8 @@ class Server:
 
     def _end(self, status: int) -> NoReturn:
         """Ends this process now, and the frontend with it."""
+        if self._watchdog is not None:
+            self._watchdog.stand_down()  # torchrun ends the other ranks as well
         if self._handle is not None:
             self._handle.stop(timeout=3.0)
         sys.stderr.flush()
