@@ -36,8 +36,14 @@ MAX_CPU_SECONDS = 0.5  # for compiling a grammar and trying some tokens; what ta
 MAX_COUNTS = 20_000
 MAX_CHECKED = 256  # grammars a checker remembers to be good
 MAX_MESSAGE_CHARS = 500
-_COUNT = re.compile(r"\{\s*(?:\d+\s*,\s*)?(\d+)\s*,?\s*\}")  # the larger number of {3}, {3,} and {3,5}
+# The larger number of {3}, {3,} and {3,5}. Possessive: giving back what was matched would take quadratic time.
+_COUNT = re.compile(r"\{\s*+(?:\d++\s*+,\s*+)?(\d++)\s*+(?:,\s*+)?\}")
 _SILENT = 0  # llguidance's log level
+# The formats of strings that the compiler holds a text to. To JSON Schema any other is an annotation, such as the
+# "password" and "file-path" that pydantic writes.
+FORMATS = frozenset({"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"})
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # no schemas, whatever they look like
 
 
 def grammar_text(structured: StructuredOutputs) -> str:
@@ -56,8 +62,37 @@ def grammar_text(structured: StructuredOutputs) -> str:
         overrides["whitespace_flexible"] = False
     if structured.whitespace_pattern is not None:
         overrides["whitespace_pattern"] = structured.whitespace_pattern
-    schema = structured.json if structured.json is not None else '{"type": "object"}'
+    schema = _compilable(structured.json) if isinstance(structured.json, str) else '{"type": "object"}'
     return LLMatcher.grammar_from_json_schema(schema, overrides=overrides)  # type: ignore[arg-type]
+
+
+def without_unknown_formats(schema: Any) -> Any:
+    """A JSON schema without the formats that only describe. Raises RecursionError for one nested too deeply."""
+    if isinstance(schema, list):
+        return [without_unknown_formats(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "format" and isinstance(value, str) and value not in FORMATS:
+            continue
+        if key in _NAMED_SCHEMAS and isinstance(value, dict):
+            kept[key] = {name: without_unknown_formats(item) for name, item in value.items()}
+        else:
+            kept[key] = value if key in _VALUES else without_unknown_formats(value)
+    return kept
+
+
+def _compilable(schema: str) -> str:
+    """A schema's text as the compiler takes it; one that cannot be read is left for the compiler to refuse."""
+    if '"format"' not in schema:
+        return schema
+    try:
+        read = json.loads(schema)
+        kept = without_unknown_formats(read)
+        return schema if kept == read else json.dumps(kept)
+    except (ValueError, RecursionError):
+        return schema
 
 
 def load_tokenizer(directory: Path, vocab_size: int | None = None) -> LLTokenizer:

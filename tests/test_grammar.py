@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from infer import SamplingParams
 from infer.engine.grammar import Grammars
 from infer.request import StructuredOutputs
-from infer.structured import GrammarChecker
+from infer.structured import GrammarChecker, without_unknown_formats
 
 SCHEMA = {
     "type": "object",
@@ -261,6 +261,31 @@ def test_what_cannot_be_compiled_is_said(structured, words, checker, grammars):
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
     mask = ask(grammars, grammars.open(params_for(structured), [EOS]), [])
     assert mask.words is None and mask.error is not None and not mask.ended
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "format": "password"},
+        {"format": "int64", "type": ["integer", "null"]},
+        {"properties": {"const": {"anyOf": [{"type": "string", "format": "file-path"}]}, "format": {"format": "byte"}}},
+        {"$defs": {"x": {"type": "array", "items": {"format": "uri-reference"}}}, "$ref": "#/$defs/x"},
+    ],
+)
+def test_formats_that_are_not_known_only_describe(schema, checker):
+    checker.check(StructuredOutputs(json=schema))
+
+
+def test_formats_that_are_known_hold(grammars, tokenizer):
+    rng, known = random.Random(7), {"type": "object", "properties": {"day": {"type": "string", "format": "date"}},
+                                    "required": ["day"], "additionalProperties": False}  # fmt: skip
+    known["properties"]["mode"] = {"const": {"format": "password"}}
+    structured = StructuredOutputs(json=known, disable_any_whitespace=True)
+    text = tokenizer.decode(walk(grammars, params_for(structured), rng))
+    assert re.fullmatch(r'\{"day":"\d{4}-\d{2}-\d{2}"(,"mode":\{"format":"password"\})?\}', text), text
+    assert without_unknown_formats({**known, "format": "binary", "enum": [{"format": "x"}]}) == {
+        **known, "enum": [{"format": "x"}],
+    }  # fmt: skip
 
 
 def test_one_that_fails_leaves_the_others_alone(grammars):

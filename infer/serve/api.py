@@ -6,12 +6,12 @@ from typing import Any
 
 from aiohttp import web
 
-from infer.request import Request
 from infer.serve.chat_format import ChatFormat
 from infer.serve.client import EngineClient
+from infer.serve.expect import AskingRouter
 from infer.serve.generation import Generation, reply_stream, reply_whole
-from infer.serve.link import FrontendConfig
-from infer.serve.offload import Offload
+from infer.serve.link import FrontendConfig, Hello
+from infer.serve.offload import INLINE_BYTES, Offload
 from infer.serve.prompting import Prompting
 from infer.serve.render import Prompt, Reply
 from infer.serve.render_chat import ChatReply
@@ -22,7 +22,7 @@ from infer.serve.schema_chat import ChatBody
 from infer.serve.schema_completion import CompletionBody
 from infer.serve.text import Tokenizer
 from infer.serve.tokenize import TokenizeRoutes
-from infer.serve.upload import SMALL_BODY_BYTES, BodyReader
+from infer.serve.upload import BodyReader
 
 REQUEST_ID_HEADER = "X-Request-Id"
 
@@ -49,7 +49,7 @@ class Api:
         )  # fmt: skip
         self._tokenize = TokenizeRoutes(client, tokenizer, self._prompting, self._bodies, self._offload)
 
-    def add_routes(self, router: web.UrlDispatcher) -> None:
+    def add_routes(self, router: AskingRouter) -> None:
         router.add_post("/v1/completions", self.completions)
         router.add_post("/v1/chat/completions", self.chat_completions)
         self._tokenize.add_routes(router)
@@ -67,39 +67,36 @@ class Api:
             prompts = await self._prompting.text_prompts(texts, body.add_special_tokens, body, hello)
         else:
             prompts = self._prompting.token_prompts(body.prompt, body, hello)
-        requests = await self._prompting.requests(body, prompts, hello)
-        reply_id = CompletionReply.id_prefix + _base_id(request, body)
-        reply = CompletionReply(reply_id, self._client.model_name, self._tokenizer, body)
-        return await self._generate(request, body, prompts, requests, reply)
+        return await self._generate(request, body, prompts, hello, CompletionReply)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         hello = self._client.ready()
         body, num_bytes = await self._body(request, ChatBody)
         body.prepare(self._format)
         prompts = [await self._prompting.chat_prompt(body, num_bytes, hello)]
-        requests = await self._prompting.requests(body, prompts, hello)
-        reply_id = ChatReply.id_prefix + _base_id(request, body)
-        reply = ChatReply(reply_id, self._client.model_name, self._tokenizer, body)
-        return await self._generate(request, body, prompts, requests, reply)
+        return await self._generate(request, body, prompts, hello, ChatReply)
 
     async def _body(self, request: web.Request, kind: type[Checked]) -> tuple[Checked, int]:
         """A checked body and how many bytes it had. Raises ApiError."""
         data = await self._bodies.read(request)
-        body = await self._offload.run(len(data) > SMALL_BODY_BYTES, lambda: parse(data, kind, self._defaults))
+        body = await self._offload.run(len(data) > INLINE_BYTES, lambda: parse(data, kind, self._defaults))
         self._client.check_model(body.model)
         body.check_logprobs(self._settings.max_logprobs)
         return body, len(data)
 
     async def _generate(
-        self, http: web.Request, body: SamplingBody, prompts: list[Prompt], requests: list[Request], reply: Reply
+        self, http: web.Request, body: SamplingBody, prompts: list[Prompt], hello: Hello, kind: type[Reply]
     ) -> web.StreamResponse:
+        requests, frames = await self._prompting.requests(body, prompts, hello)
+        reply = kind(kind.id_prefix + _base_id(http, body), self._client.model_name, self._tokenizer, body)
         if self._settings.enable_log_requests:
             log_request(http.path, reply.id, requests)
         reply.system_fingerprint = self._settings.system_fingerprint or None
         # The transport's buffer is what a slow client fills; aborting it ends a write that waits for it.
         abort = http.transport.abort if body.stream and http.transport is not None else None
         timeout_s = self._settings.request_timeout
-        generation = Generation(self._client, body, prompts, requests, self._tokenizer, abort, timeout_s)
+        generation = Generation(self._client, body, prompts, requests, self._tokenizer, abort, timeout_s, frames)
+        del frames  # nobody needs them again, however long the reply takes
         self.num_open += 1
         try:
             if body.stream:

@@ -15,6 +15,7 @@ from infer.serve.auth import ApiKeys, guard
 from infer.serve.client import EngineClient
 from infer.serve.cors import Cors
 from infer.serve.errors import ApiError
+from infer.serve.expect import AskingRouter
 from infer.serve.generation import JSON
 from infer.serve.link import FrontendConfig, Hello
 from infer.serve.metrics import Metrics
@@ -69,7 +70,7 @@ class ServerRoutes:
         )  # fmt: skip
         self._document = JSON.encode(document)
 
-    def add_routes(self, router: web.UrlDispatcher) -> None:
+    def add_routes(self, router: AskingRouter) -> None:
         router.add_get("/v1/models", self.models)
         router.add_get("/v1/models/{model:.+}", self.model)
         router.add_get("/health", self.health)
@@ -132,12 +133,14 @@ def make_app(api: Api, routes: ServerRoutes, settings: FrontendConfig, figures: 
     keys = ApiKeys(settings.api_key or (), settings.root_path)
     middlewares: list[Middleware] = [metrics.http_metrics(figures), errors_as_json, answer_preflight(cors), guard(keys)]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
-    api.add_routes(app.router)
-    routes.add_routes(app.router)
+    asking = AskingRouter(app.router, keys.check, error_response)
+    api.add_routes(asking)
+    routes.add_routes(asking)
     if settings.root_path:
         under_root = web.Application()
-        api.add_routes(under_root.router)
-        routes.add_routes(under_root.router)
+        asking = AskingRouter(under_root.router, keys.check, error_response)
+        api.add_routes(asking)
+        routes.add_routes(asking)
         app.add_subapp(settings.root_path, under_root)
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:

@@ -145,8 +145,8 @@ def _tojson(
 class ChatTemplate:
     """One compiled template. special_tokens: its variables such as bos_token.
 
-    variables: what it reads beyond those that are always there. Raises ValueError, naming `origin`, when the source is
-    not a template.
+    variables: what it reads beyond those that are always there. A template that never names the role "developer" gets
+    such messages as system messages. Raises ValueError, naming `origin`, when the source is not a template.
     """
 
     def __init__(self, source: str, origin: str, special_tokens: Mapping[str, str]) -> None:
@@ -165,6 +165,7 @@ class ChatTemplate:
             raise ValueError(f"{origin}: the chat template is not valid Jinja: {error}") from None
         self._fixed = RESERVED.union(self._special_tokens, self._environment.globals)
         self.variables = frozenset(read) - self._fixed
+        self._knows_developer = any(f"{quote}developer{quote}" in source for quote in "\"'")
         self._wants_parts = self._shows_only_parts()
 
     def _shows_only_parts(self) -> bool:
@@ -200,6 +201,8 @@ class ChatTemplate:
                 raise ValueError(f"chat_template_kwargs must not set {name}")
 
         def run(messages: Messages, add_generation_prompt: bool) -> str:
+            if not self._knows_developer:
+                messages = _without_developer(messages, keep_last=continue_final_message)
             if self._wants_parts:
                 messages = [_with_parts(message) for message in messages]
             return self._run(messages, add_generation_prompt, tools, documents, variables)
@@ -234,6 +237,31 @@ class ChatTemplate:
             # Templates check their input with raise_exception, or by failing on it.
             raise ValueError(f"the chat template refuses these messages: {str(error)[:500]}") from None
         return "".join(pieces)
+
+
+def _without_developer(messages: Messages, keep_last: bool) -> Messages:
+    """Where there are messages of the role developer: these and the system's as one system message, the first, since
+    templates look for one there alone. keep_last: the last stays where it is, to be gone on with."""
+    if not any(message.get("role") == "developer" for message in messages):
+        return messages
+    head, last = (messages[:-1], [messages[-1]]) if keep_last else (messages, [])
+    told = [message for message in head if message.get("role") in ("developer", "system")]
+    others = [message for message in head if message.get("role") not in ("developer", "system")]
+    last = [{**message, "role": "system"} if message.get("role") == "developer" else message for message in last]
+    if not told:
+        return [*others, *last]
+    return [{**told[0], "role": "system", "content": _joined([message.get("content") for message in told])},
+            *others, *last]  # fmt: skip
+
+
+def _joined(contents: Sequence[Any]) -> Any:
+    """Contents as one: a text where all are, else a list of parts."""
+    if all(isinstance(content, str) for content in contents):
+        return "\n\n".join(contents)
+    parts: list[Any] = []
+    for content in contents:
+        parts += [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    return parts
 
 
 def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:

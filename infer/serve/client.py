@@ -103,6 +103,11 @@ def num_logprobs(entries: Iterable[TokenLogprobs | None] | None) -> int:
     return sum(len(entry.tokens) for entry in entries or () if entry is not None)
 
 
+def submission(requests: Sequence[Request]) -> bytes:
+    """The frames that hand requests to the engine."""
+    return b"".join(encode_frame(Submit(request=request)) for request in requests)
+
+
 class EngineClient:
     """The engine as the HTTP routes see it: whether it is ready, and a way to start, end and drop requests.
 
@@ -166,12 +171,15 @@ class EngineClient:
             raise ApiError(503, message, type="service_unavailable", code="rank_silent")
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError (404) unless a request that names this model may be served here; None names none."""
-        if name is not None and name not in self.model_names:
+        """Raises ApiError (404) unless a request that names this model may be served here; None and "" name none."""
+        if name and name not in self.model_names:
             raise model_not_found(name, self.model_name)
 
-    def start(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None) -> Job:
-        """Hands requests to the engine. on_overflow is called when their reader falls too far behind.
+    def start(
+        self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None, frames: bytes | None = None
+    ) -> Job:
+        """Hands requests to the engine. on_overflow is called when their reader falls too far behind. frames:
+        submission(requests), where a thread has made it.
 
         Raises ApiError: 503 without an engine, 429 where as many prompts wait as may.
         """
@@ -184,7 +192,7 @@ class EngineClient:
             self._jobs[request.request_id] = job
             self._queued.add(request.request_id)
             self.metrics.request_started(request)
-            self._send(Submit(request=request))
+        self._write(submission(requests) if frames is None else frames)
         return job
 
     def _check_queue(self) -> None:
@@ -218,8 +226,11 @@ class EngineClient:
             self._send(Abort(request_id=request_id))
 
     def _send(self, message: Message) -> None:
+        self._write(encode_frame(message))
+
+    def _write(self, frames: bytes) -> None:
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
+            self._writer.write(frames)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One engine's connection, from its beginning to its end. A second engine at the same time is turned away."""

@@ -1,6 +1,7 @@
 """What others measure, as Prometheus metrics: the engine's figures, whose counters go on over its restarts, and the
 event loop's lag. No torch here."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +22,10 @@ _COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
 }
+
+
+# vLLM's names. kv_cache_max_concurrency: how many requests of the longest context it holds.
+_CACHE_LABELS = ["num_gpu_blocks", "block_size", "kv_cache_size_tokens", "kv_cache_max_concurrency"]
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,8 @@ class EngineCollector(Collector):
         since = time.monotonic() - self._received
         ages = [([str(rank)], age + since) for rank, age in enumerate(stats.heartbeat_ages)]
         yield self._gauge("heartbeat_age_seconds", "Seconds since a rank was last heard from.", ages, ["rank"])
-        sizes = [] if self._hello is None else [str(self._hello.num_kv_blocks), str(self._hello.block_size)]
-        yield self._gauge(
-            "cache_config_info", "The KV cache: blocks, and tokens that a block holds.",
-            [(sizes, 1.0)] if sizes else [], ["num_gpu_blocks", "block_size"],
-        )  # fmt: skip
+        sizes = [] if self._hello is None else [(_cache_sizes(self._hello), 1.0)]
+        yield self._gauge("cache_config_info", "Always 1: its labels tell the KV cache's size.", sizes, _CACHE_LABELS)
 
     def _gauge(
         self, name: str, text: str, samples: list[tuple[list[str], float]], labels: list[str] | None = None
@@ -149,3 +151,12 @@ class LagCollector(Collector):
         for percent in LAG_PERCENTILES:
             family.add_metric([*self._labels, f"{percent / 100:g}"], self._lag.percentile(percent))
         yield family
+
+
+def _cache_sizes(hello: Hello) -> list[str]:
+    """The values of _CACHE_LABELS."""
+    num_blocks, block_size = hello.num_kv_blocks, hello.block_size
+    blocks_a_request = math.ceil(hello.max_model_len / max(1, block_size))
+    return [
+        str(num_blocks), str(block_size), str(num_blocks * block_size), f"{num_blocks / blocks_a_request:.2f}"
+    ]  # fmt: skip

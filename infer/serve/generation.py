@@ -1,8 +1,10 @@
 """One HTTP request at work: its choices as the engine's outputs come, and the writing of its reply. No torch here."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -17,9 +19,15 @@ from infer.serve.text import Tokenizer
 
 WRITE_TIMEOUT_S = 120.0  # a client that takes nothing for so long is gone
 WRITE_BYTES = 1 << 18  # a client must take each so many bytes of a reply in that time
-MAX_INLINE_ENTRIES = 10_000  # more log-probabilities at once are rendered off the event loop
+# In the units of Reply.work(), some 10 us.
+BATCH_WORK = 500  # of what one step brings, so much is done before other requests get their turn
+MAX_INLINE_WORK = 1000  # more at once is done off the event loop
 
 JSON = msgspec.json.Encoder()
+
+T = TypeVar("T")
+
+logger = logging.getLogger("infer.frontend")
 
 
 class Generation:
@@ -27,16 +35,19 @@ class Generation:
 
     A whole reply holds all its log-probabilities, so they are counted as they come: the number of tokens need not be
     known before. A stream holds none. timeout_s: how long all of it may take (--request-timeout); None: for ever.
+    frames: as of EngineClient.start().
     """
 
     def __init__(
         self, client: EngineClient, body: SamplingBody, prompts: list[Prompt], requests: list[Request],
         tokenizer: Tokenizer, on_overflow: Callable[[], None] | None, timeout_s: float | None = None,
+        frames: bytes | None = None,
     ) -> None:  # fmt: skip
         self._client = client
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         self.prompts = prompts
+        self._counts_reasoning = body.counts_reasoning
         self._first_choice = {request.request_id: i * request.params.n for i, request in enumerate(requests)}
         self.choices = [
             Choice(
@@ -50,25 +61,36 @@ class Generation:
         self._num_kept = 0  # log-probabilities that a whole reply will have
         self._waiting: list[Output] = []  # for prompt log-probabilities, which a choice's first chunk may need
         self._awaits_prompt_logprobs = requests[0].params.prompt_logprobs is not None
-        self.job: Job = client.start(requests, on_overflow)
+        self.job: Job = client.start(requests, on_overflow, frames)
 
     @property
     def done(self) -> bool:
         return self._num_running == 0
 
-    def usage(self) -> dict[str, Any]:
-        return usage(self.prompts, self.choices)
+    def usage(self, choice: Choice | None = None) -> dict[str, Any]:
+        """Of all prompts and choices, or of one choice and its prompt. To be asked for after what it is about was
+        rendered, which counts the reasoning."""
+        if choice is not None:
+            return usage([choice.prompt], [choice], self._counts_reasoning)
+        return usage(self.prompts, self.choices, self._counts_reasoning)
 
     async def step(self) -> list[tuple[Choice, Delta]]:
         """Waits for outputs; returns what they add to each choice, once each. Raises ApiError where one failed."""
-        deltas: dict[int, Delta] = {}
-        for output in self._usable(await self._take()):
-            choice = self._choice(output)
-            if choice.finish_reason is None:  # else a stop string ended it, earlier in these outputs
-                delta = self._accept(choice, output)
-                # One a choice: when it is rendered, the choice stands where its last output has brought it.
-                deltas[choice.index] = deltas[choice.index].plus(delta) if choice.index in deltas else delta
-        return [(self.choices[index], delta) for index, delta in deltas.items()]
+        deltas: dict[int, list[Delta]] = {}
+        outputs = self._usable(await self._take())
+        self.job.is_rendering = True
+        try:
+            for i, (batch, _) in enumerate(_batches(outputs, _accept_work)):
+                if i:
+                    await asyncio.sleep(0)
+                for output in batch:
+                    choice = self._choice(output)
+                    if choice.finish_reason is None:  # else a stop string ended it, earlier in these outputs
+                        deltas.setdefault(choice.index, []).append(self._accept(choice, output))
+        finally:
+            self.job.is_rendering = False
+        # One a choice: when it is rendered, the choice stands where its last output has brought it.
+        return [(self.choices[index], Delta.joined(parts)) for index, parts in deltas.items()]
 
     async def _take(self) -> list[Output]:
         try:
@@ -85,7 +107,8 @@ class Generation:
         self._waiting += outputs
         for output in outputs:
             if output.prompt_logprobs is not None:
-                self._choice(output).prompt.logprobs = output.prompt_logprobs
+                prompt = self._choice(output).prompt
+                prompt.logprobs, prompt.num_logprobs = output.prompt_logprobs, num_logprobs(output.prompt_logprobs)
         usable = [o for o in self._waiting if _has_failed(o) or self._choice(o).prompt.logprobs is not None]
         self._waiting = [o for o in self._waiting if not _has_failed(o) and self._choice(o).prompt.logprobs is None]
         return usable
@@ -100,7 +123,7 @@ class Generation:
         choice.prompt.num_cached_tokens = max(choice.prompt.num_cached_tokens, output.num_cached_tokens)
         delta = choice.accept(output)
         if choice.keep:
-            self._num_kept += num_logprobs(delta.logprobs)
+            self._num_kept += delta.num_logprobs
             if self._num_kept > MAX_LOGPROB_ENTRIES:
                 raise too_many_logprobs(self._num_kept)
         if choice.finish_reason is not None:
@@ -117,6 +140,25 @@ def _has_failed(output: Output) -> bool:
     return output.error is not None or output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
 
 
+def _accept_work(output: Output) -> int:
+    return 3 + len(output.token_ids) // 4
+
+
+def _batches(items: Iterable[T], work: Callable[[T], int]) -> Iterator[tuple[list[T], int]]:
+    """Items in groups, each with its work: at least BATCH_WORK, but for the last. Only one that ends in a heavy item
+    has much more."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += work(item)
+        if total >= BATCH_WORK:
+            yield batch, total
+            batch, total = [], 0
+    if batch:
+        yield batch, total
+
+
 def too_many_logprobs(num_entries: int) -> ApiError:
     return bad_request(
         f"this reply would have {num_entries} log-probabilities or more; one reply may have {MAX_LOGPROB_ENTRIES}. "
@@ -129,17 +171,36 @@ async def reply_whole(http: web.Request, generation: Generation, reply: Reply, o
     while not generation.done:
         await generation.step()
 
-    def render() -> bytes:
-        return JSON.encode(reply.whole(generation.choices, generation.usage()))
-
-    num_entries = sum(reply.num_logprobs(choice, choice.logprobs) for choice in generation.choices)
-    data = await offload.run(num_entries > MAX_INLINE_ENTRIES, render)
+    data = await _render_whole(generation, reply, offload)
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
     response.content_length = len(data)
     for start in range(0, len(data), WRITE_BYTES):
         await _write(http, response, data[start : start + WRITE_BYTES])
     await response.write_eof()
     return response
+
+
+async def _render_whole(generation: Generation, reply: Reply, offload: Offload) -> bytes:
+    """The choices become JSON in batches: no call into the encoder, which lets no other thread run, is a long one."""
+    num_logprobs = sum(choice.num_logprobs for choice in generation.choices)
+    choices = await offload.run(num_logprobs > MAX_INLINE_WORK, lambda: reply.returned(generation.choices))
+    shown: list[msgspec.Raw] = []
+
+    def render(batch: Sequence[Choice]) -> None:
+        shown.extend(msgspec.Raw(JSON.encode(reply.whole(choice))) for choice in batch)
+
+    def work_of(choice: Choice) -> int:
+        return reply.work(choice, len(choice.stream.text), choice.num_logprobs)
+
+    for i, (batch, work) in enumerate(_batches(choices, work_of)):
+        if i:
+            await asyncio.sleep(0)
+        await offload.run(work > MAX_INLINE_WORK, functools.partial(render, batch))
+
+    def complete() -> bytes:
+        return JSON.encode({**reply.whole_head(choices), "choices": shown, "usage": generation.usage()})
+
+    return await offload.run(reply.prompt_work(choices[0].prompt) > MAX_INLINE_WORK, complete)
 
 
 async def reply_stream(
@@ -149,32 +210,61 @@ async def reply_stream(
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     try:
         while not generation.done:
-            steps = await generation.step()
-            await _write(http, response, await _render_events(body, generation, reply, offload, steps))
+            await _write_step(http, response, body, generation, reply, offload)
         if body.include_usage:
             await _write(http, response, _event(reply.usage_chunk(generation.usage())))
     except ApiError as error:
         if not response.prepared:
             raise
         await _write(http, response, _event(error.body()))
+    except ConnectionError:
+        raise  # the client is gone; there is nobody to tell
+    except Exception:
+        if not response.prepared:
+            raise
+        logger.exception("Failed in the middle of a stream of %s", http.path[:100])
+        told = ApiError(500, "internal error; the server's log has the details", type="server_error")
+        await _write(http, response, _event(told.body()))
     await _write(http, response, b"data: [DONE]\n\n")
     await response.write_eof()
     return response
 
 
-async def _render_events(
-    body: SamplingBody, generation: Generation, reply: Reply, offload: Offload, steps: list[tuple[Choice, Delta]]
-) -> bytes:
-    def render() -> bytes:
-        used = generation.usage() if body.continuous_usage else None
-        with_usage = {"usage": used} if body.include_usage or body.continuous_usage else {}
-        chunks = [reply.chunk(choice, delta) for choice, delta in steps]
-        return b"".join(_event({**chunk, **with_usage}) for chunk in chunks if chunk is not None)
+async def _write_step(
+    http: web.Request, response: web.StreamResponse, body: SamplingBody, generation: Generation, reply: Reply,
+    offload: Offload,
+) -> None:  # fmt: skip
+    """Waits for outputs, and writes what they add to the choices."""
 
-    num_entries = sum(reply.num_logprobs(choice, delta.logprobs) for choice, delta in steps)
+    def work_of(step: tuple[Choice, Delta]) -> int:
+        choice, delta = step
+        return reply.work(choice, len(delta.text), delta.num_logprobs)
+
+    for i, (steps, work) in enumerate(_batches(await generation.step(), work_of)):
+        if i:
+            await asyncio.sleep(0)
+        heavy = work > MAX_INLINE_WORK
+        await _write(http, response, await _render_events(body, generation, reply, offload, steps, heavy))
+
+
+async def _render_events(
+    body: SamplingBody, generation: Generation, reply: Reply, offload: Offload, steps: list[tuple[Choice, Delta]],
+    heavy: bool = False,
+) -> bytes:  # fmt: skip
+    def render() -> bytes:
+        events = []
+        for choice, delta in steps:
+            chunk = reply.chunk(choice, delta)
+            if chunk is None:
+                continue
+            if body.include_usage or body.continuous_usage:
+                chunk["usage"] = generation.usage(choice) if body.continuous_usage else None
+            events.append(_event(chunk))
+        return b"".join(events)
+
     generation.job.is_rendering = True
     try:
-        return await offload.run(num_entries > MAX_INLINE_ENTRIES, render)
+        return await offload.run(heavy, render)
     finally:
         generation.job.is_rendering = False
 

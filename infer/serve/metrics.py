@@ -13,7 +13,7 @@ from typing import Any
 import prometheus_client
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, Summary
 
 from infer.request import FinishReason, Output, Request
 from infer.serve.engine_metrics import ENGINE, EngineCollector, LagCollector
@@ -37,11 +37,18 @@ REQUEST_BUCKETS = (
 # 1, 2, 5, 10, ... 1,000,000. vLLM ends at max_model_len; these are there before the engine has said what that is.
 TOKEN_BUCKETS = (*(mantissa * 10**exponent for exponent in range(6) for mantissa in (1, 2, 5)), 10**6)
 N_BUCKETS = (1, 2, 5, 10, 20)
-HTTP_BUCKETS = (0.1, 0.5, 1.0)  # of prometheus-fastapi-instrumentator, which vLLM serves these two metrics with
+# Both of prometheus-fastapi-instrumentator, which vLLM serves the metrics of HTTP with.
+HTTP_BUCKETS = (0.1, 0.5, 1.0)
+FINE_HTTP_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0, 30.0, 60.0
+)  # fmt: skip
 STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 REASONS = tuple(str(reason) for reason in FinishReason)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+QUEUE_FULL = 429
+# What those who watch the server ask, again and again: no part of its HTTP metrics, as at vLLM.
+UNCOUNTED = ("/health", "/load", "/metrics", "/openapi.json", "/ping", "/ready", "/version")
 CLIENT_GONE = 499  # not sent to anybody: the client left before its reply was complete
 
 
@@ -52,6 +59,7 @@ class _Times:
     first: float | None = None  # when its first token came
     last: float = 0.0  # and its latest
     queue_seconds: float | None = None
+    num_cached: int = 0  # prompt tokens found in the prefix cache
     num_tokens: int = 0
 
 
@@ -71,8 +79,8 @@ class _Tracked:
 class Metrics:
     """All metrics of one server. Every method is cheap and runs on the event loop's thread.
 
-    model_name: the label of that name. prefix: goes before every name but those of HTTP; `vllm:` makes dashboards made
-    for vLLM work.
+    model_name: the label of that name. prefix: goes before every name but those of HTTP and of the process; `vllm:`
+    makes dashboards made for vLLM work.
     """
 
     def __init__(self, model_name: str, prefix: str = DEFAULT_PREFIX) -> None:
@@ -87,15 +95,22 @@ class Metrics:
         self._make_counters()
         self._make_request_histograms()
         self._make_http()
+        ProcessCollector(registry=self._registry)
 
     def _make_counters(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got their first token.")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Those of them found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Generated tokens that came from the engine.")
         success = Counter(
             self._prefix + "request_success", "Requests that ended, by how.",
             ("model_name", "engine", "finished_reason"), registry=self._registry,
         )  # fmt: skip
         self._finished = {reason: success.labels(*self._labels, reason) for reason in REASONS}
+        rejections = Counter(  # without the label engine, as vLLM has it: no engine saw them
+            self._prefix + "admission_rejections", "Requests refused with 429, by the limit that did it.",
+            ("model_name", "reason"), registry=self._registry,
+        )  # fmt: skip
+        self._queue_full = rejections.labels(self._labels[0], "max_num_queued_reqs")
 
     def _make_request_histograms(self) -> None:
         make = self._histogram
@@ -111,6 +126,10 @@ class Metrics:
         self._prefill = make("request_prefill_time_seconds", "Scheduling to first token.", REQUEST_BUCKETS)
         self._decode = make("request_decode_time_seconds", "First token to last token.", REQUEST_BUCKETS)
         self._num_prompt = make("request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS)
+        self._num_computed = make(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that were not in the prefix cache.",
+            TOKEN_BUCKETS,
+        )  # fmt: skip
         self._num_generated = make("request_generation_tokens", "Generated tokens of a request.", TOKEN_BUCKETS)
         self._most_generated = make(
             "request_max_num_generation_tokens", "Generated tokens of a request's longest choice.", TOKEN_BUCKETS
@@ -128,6 +147,18 @@ class Metrics:
         self._http_seconds = Histogram(
             "http_request_duration_seconds", "HTTP requests to the end of their reply, streams too.",
             ("method", "handler"), buckets=HTTP_BUCKETS, registry=self._registry,
+        )  # fmt: skip
+        self._http_fine_seconds = Histogram(
+            "http_request_duration_highr_seconds", "The same of all routes together, in finer buckets.",
+            buckets=FINE_HTTP_BUCKETS, registry=self._registry,
+        )  # fmt: skip
+        self._http_received = Summary(
+            "http_request_size_bytes", "Bytes of requests' bodies, as far as they were read.", ("handler",),
+            registry=self._registry,
+        )  # fmt: skip
+        self._http_sent = Summary(
+            "http_response_size_bytes", "Bytes of replies' bodies; of streams, all that was sent.", ("handler",),
+            registry=self._registry,
         )  # fmt: skip
         self._http_errors = Counter(
             self._prefix + "http_errors", "HTTP requests that got a status of 400 or more, by that status.",
@@ -164,6 +195,7 @@ class Metrics:
             return
         if output.queue_seconds is not None:
             times.queue_seconds = output.queue_seconds
+        times.num_cached = max(times.num_cached, output.num_cached_tokens)  # an error says 0
         if output.token_ids:
             now = time.monotonic()
             self._count_tokens(tracked, times, len(output.token_ids), now)
@@ -176,6 +208,7 @@ class Metrics:
             times.first = now
             self._first_token.observe(now - tracked.submitted)
             self._prompt_tokens.inc(tracked.num_prompt)
+            self._cached_tokens.inc(times.num_cached)
         else:
             self._inter_token.observe(now - times.last)
         times.num_tokens += num_tokens
@@ -197,6 +230,7 @@ class Metrics:
 
     def _observe_counts(self, tracked: _Tracked, times: _Times) -> None:
         self._num_prompt.observe(tracked.num_prompt)
+        self._num_computed.observe(tracked.num_prompt - times.num_cached)
         self._num_generated.observe(times.num_tokens)
         if tracked.max_tokens is not None:
             self._max_tokens.observe(tracked.max_tokens)
@@ -245,11 +279,21 @@ class Metrics:
         """From now on, tells what this monitor of the event loop has seen."""
         self._registry.register(LagCollector(lag, *self._labels, self._prefix))
 
-    def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
-        """A reply ended. route: the template, such as /v1/models/{model}, or `none`: raw paths have no bound."""
+    def observe_http(
+        self, method: str, route: str, status: int, seconds: float, num_received: int, num_sent: int
+    ) -> None:
+        """A reply ended. route: the template, such as /v1/models/{model}, or `none`: raw paths have no bound.
+        num_received, num_sent: bytes."""
+        if route.endswith(UNCOUNTED):  # a root path may go before
+            return
         method = method if method in METHODS else "other"
         self._http.labels(method, f"{status // 100}xx", route).inc()
         self._http_seconds.labels(method, route).observe(seconds)
+        self._http_fine_seconds.observe(seconds)
+        self._http_received.labels(route).observe(num_received)
+        self._http_sent.labels(route).observe(num_sent)
+        if status == QUEUE_FULL:  # nothing else is answered so
+            self._queue_full.inc()
         if status >= 400:
             self._http_errors.labels(*self._labels, str(status), route).inc()
 
@@ -259,13 +303,14 @@ def http_metrics(metrics: Metrics) -> Middleware:
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
-        started, status = time.monotonic(), CLIENT_GONE  # where the handler is cancelled, or finds nobody to write to
+        started, response = time.monotonic(), None  # it stays so where the handler is cancelled, or the client is gone
         try:
             response = await handler(request)
-            status = response.status
             return response
         finally:
-            metrics.observe_http(request.method, _route(request), status, time.monotonic() - started)
+            status, num_sent = (CLIENT_GONE, 0) if response is None else (response.status, _num_sent(response))
+            seconds, num_received = time.monotonic() - started, request.content.total_bytes
+            metrics.observe_http(request.method, _route(request), status, seconds, num_received, num_sent)
 
     return count
 
@@ -273,3 +318,8 @@ def http_metrics(metrics: Metrics) -> Middleware:
 def _route(request: web.Request) -> str:
     resource: Any = request.match_info.route.resource
     return "none" if resource is None else resource.canonical
+
+
+def _num_sent(response: web.StreamResponse) -> int:
+    """Bytes: the length it announces; of a stream, which announces none, all that was written, framing included."""
+    return response.body_length if response.content_length is None else response.content_length

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 NUM_THREADS = 2
+INLINE_BYTES = 32 << 10  # shorter bodies are read and checked in 2 ms at most, whatever they hold
 INLINE_CHARS = 4_000  # shorter texts are tokenized in 5 ms at most, whatever they hold
 LONG_CHARS = 100_000  # longer ones may take from a tenth of a second to seconds
 
@@ -13,7 +14,7 @@ T = TypeVar("T")
 
 
 class Offload:
-    """A small thread pool, and a thread beside it for long texts, so that they delay only each other.
+    """A small thread pool, and beside it a thread for long texts and one for grammars: those delay only each other.
 
     Work there must touch nothing that the event loop changes meanwhile. A waiter that is cancelled takes work that has
     not begun out of the queue.
@@ -22,6 +23,7 @@ class Offload:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=NUM_THREADS, thread_name_prefix="offload")
         self._long = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offload-long")
+        self._grammars = ThreadPoolExecutor(max_workers=1, thread_name_prefix="offload-grammars")
 
     async def run(self, heavy: bool, work: Callable[[], T]) -> T:
         """work(), in a thread where it is heavy, else right here: a thread costs light work more than it gains."""
@@ -33,9 +35,13 @@ class Offload:
             return work()
         return await self._in(self._pool if num_chars <= LONG_CHARS else self._long, work)
 
+    async def run_grammar(self, work: Callable[[], T]) -> T:
+        """work(), which waits for the process that checks grammars, one after another."""
+        return await self._in(self._grammars, work)
+
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def close(self) -> None:
-        for pool in (self._pool, self._long):
+        for pool in (self._pool, self._long, self._grammars):
             pool.shutdown(wait=False, cancel_futures=True)

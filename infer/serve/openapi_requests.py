@@ -23,8 +23,9 @@ from infer.request import (
     StructuredOutputs,
 )
 from infer.serve.chat import RESERVED
-from infer.serve.messages import ROLES
+from infer.serve.messages import IGNORED_INSIDE, ROLES
 from infer.serve.schema import (
+    MAX_ALL_STOP_CHARS,
     MAX_CACHE_SALT_CHARS,
     MAX_ENTRIES,
     MAX_PRIORITY,
@@ -80,23 +81,36 @@ def _content(*parts: Schema) -> Schema:
 
 
 # As messages.py and schema_chat.py check them.
-_TEXT_PART = _object(["type", "text"], _NULL, type={"const": "text"}, text=_STRING)
-_REFUSAL_PART = _object(["type", "refusal"], _NULL, type={"const": "refusal"}, refusal=_STRING)
-_CALLED = _object(
-    ["name"], _NULL, name=_STRING,
-    arguments={"type": ["string", "object", "null"], "description": "An object, or the JSON of one."},
+_WITHOUT_EFFECT: dict[str, Schema] = {name: {} for name in sorted(IGNORED_INSIDE)}
+_IS_FUNCTION: Schema = {"enum": ["function", None]}
+
+
+def _part(field: str, *kinds: str) -> Schema:
+    return _object(["type", field], _NULL, **_WITHOUT_EFFECT | {"type": {"enum": list(kinds)}, field: _STRING})
+
+
+_TEXT_PART = _part("text", "text", "input_text", "output_text")
+_REFUSAL_PART = _part("refusal", "refusal")
+_ARGUMENTS: Schema = {
+    "type": ["string", "object", "null"],
+    "description": "An object, or the JSON of one; a string that is none counts as an empty one.",
+}
+_CALLED = _object(["name"], _NULL, **_WITHOUT_EFFECT | {"name": _STRING, "arguments": _ARGUMENTS})
+_CALL = _object(
+    ["function"], _NULL,
+    **_WITHOUT_EFFECT | {"id": _MAY_BE_TEXT, "type": _IS_FUNCTION, "function": _CALLED, "index": {}},
 )  # fmt: skip
-_CALL = _object(["function"], _NULL, id=_STRING, type={"const": "function"}, function=_CALLED, index={})
 _MESSAGE: Schema = {
     "anyOf": [
         _object(
-            ["role", "content"], _NULL, role={"enum": [role for role in ROLES if role != "assistant"]},
-            content=_content(_TEXT_PART), name=_MAY_BE_TEXT, tool_call_id=_MAY_BE_TEXT,
+            ["role", "content"], _NULL, **_WITHOUT_EFFECT,
+            role={"enum": [role for role in ROLES if role != "assistant"]}, content=_content(_TEXT_PART),
+            name=_MAY_BE_TEXT, tool_call_id=_MAY_BE_TEXT, tool_calls={"enum": [[], None]},
         ),
         _object(
-            ["role"], _NULL, role={"const": "assistant"},
+            ["role"], _NULL, **_WITHOUT_EFFECT, role={"const": "assistant"},
             content={"anyOf": [*_content(_TEXT_PART, _REFUSAL_PART)["anyOf"], _NULL]},
-            tool_calls={"anyOf": [{"type": "array", "items": _CALL}, _NULL]}, annotations={"enum": [[], None]},
+            tool_calls={"anyOf": [{"type": "array", "items": _CALL}, _NULL]},
             **dict.fromkeys(("name", "tool_call_id", "refusal", "reasoning_content", "reasoning"), _MAY_BE_TEXT),
         ),
     ]
@@ -105,7 +119,10 @@ _FUNCTION = _object(
     ["name"], {}, name={"type": "string", "pattern": f"^{TOOL_NAME.pattern}$"}, description=_MAY_BE_TEXT,
     parameters={"type": ["object", "null"]}, strict={"type": ["boolean", "null"]},
 )  # fmt: skip
-_TOOL = _object(["type", "function"], _NULL, type={"const": "function"}, function=_FUNCTION)
+_TOOL = _object(
+    ["function"], _NULL, **_WITHOUT_EFFECT, type=_IS_FUNCTION, function=_FUNCTION,
+    strict={"type": ["boolean", "null"]},
+)  # fmt: skip
 
 # Laid over what the struct says, whichever body has the field. One with a type or alternatives replaces it.
 _BOUNDS: dict[str, Schema] = {
@@ -118,7 +135,7 @@ _BOUNDS: dict[str, Schema] = {
     "presence_penalty": _range(-2, 2),
     "frequency_penalty": _range(-2, 2),
     "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 100},
-    "seed": _range(SEED_RANGE.start, SEED_RANGE.stop - 1),
+    "seed": _range(SEED_RANGE.start, SEED_RANGE.stop - 1) | {"description": "-1: none, as if it were left out."},
     "min_tokens": _range(0, MAX_COUNT),
     "max_tokens": _range(0, MAX_COUNT),
     "max_completion_tokens": _range(1, MAX_COUNT),
@@ -126,7 +143,10 @@ _BOUNDS: dict[str, Schema] = {
     "priority": _range(-MAX_PRIORITY, MAX_PRIORITY),
     "cache_salt": _length(MAX_CACHE_SALT_CHARS),
     "request_id": {"pattern": f"^{REQUEST_ID.pattern}$"},
-    "stop": {"anyOf": [_STOP, _items(MAX_STOP_STRINGS, _STOP)]},
+    "stop": {
+        "anyOf": [_STOP, _items(MAX_STOP_STRINGS, _STOP)],
+        "description": f"At most {MAX_ALL_STOP_CHARS} characters together.",
+    },
     "stop_token_ids": _items(MAX_ENTRIES["stop_token_ids"], {"type": "integer", **_range(0, MAX_TOKEN_ID)}),
     "allowed_token_ids": {"type": "array", "items": {"type": "integer", **_range(0, MAX_TOKEN_ID)}, "minItems": 1},
     "bad_words": _items(MAX_BAD_WORDS, {"type": "string", "pattern": r"\S"}),
@@ -142,7 +162,11 @@ _BOUNDS: dict[str, Schema] = {
     "messages": _items(MAX_ENTRIES["messages"], _MESSAGE, 1),
     "tools": _items(MAX_TOOLS, _TOOL),
     "documents": {"maxItems": MAX_DOCUMENTS},
-    "chat_template_kwargs": {"propertyNames": {"not": {"enum": sorted(RESERVED)}}},
+    # add_generation_prompt as the body has it, or would have it by default: then it says nothing new.
+    "chat_template_kwargs": {
+        "properties": {"add_generation_prompt": {"type": "boolean"}},
+        "propertyNames": {"not": {"enum": sorted(RESERVED - {"add_generation_prompt"})}},
+    },
     "tokens": _items(MAX_DETOKENIZED, _TOKEN),
     "choice": _items(MAX_GRAMMAR_CHOICES, {"type": "string", "minLength": 1}, 1),
     "structural_tag": _NULL,
@@ -159,13 +183,14 @@ _BODY_BOUNDS: dict[tuple[str, str], Schema] = {
 def request_schemas(ref_template: str, model_names: Sequence[str], max_logprobs: int | None) -> dict[str, Schema]:
     """The schemas of all bodies and of what stands in them, by name.
 
-    model_names: what `model` may be; any string where there are none. max_logprobs: --max-logprobs.
+    model_names: what `model` may be, besides "" for the first; any string where there are none. max_logprobs:
+    --max-logprobs.
     """
     _, schemas = msgspec.json.schema_components(BODIES, ref_template=ref_template)
     most = MAX_LOGPROBS if max_logprobs is None else max_logprobs
     of_server = {name: _range(0, most) for name in ("logprobs", "top_logprobs", "prompt_logprobs")}
     if model_names:
-        of_server["model"] = {"enum": list(model_names)}
+        of_server["model"] = {"enum": [*model_names, ""]}
     for kind in (*BODIES, *_NESTED):
         schemas[kind.__name__] = _request_schema(kind, schemas[kind.__name__], of_server)
     return schemas
@@ -189,15 +214,10 @@ def _untaken(kind: type[msgspec.Struct]) -> dict[str, Schema]:
     taken = kind.__struct_fields__
     ignored = {name: {"description": "Accepted, without effect."} for name in IGNORED if name not in taken}
     refused = {
-        name: {"enum": [*_distinct(neutral), None], "description": ": ".join(filter(None, ("Refused", sentence)))}
+        name: {"enum": [*neutral, None], "description": f"Refused: {sentence}"}
         for name, (neutral, sentence) in REFUSED.items() if name not in taken
     }  # fmt: skip
     return dict(sorted((ignored | refused).items()))
-
-
-def _distinct(values: Sequence[Any]) -> list[Any]:
-    """Once each: 1 and 1.0 are the same to JSON."""
-    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def _bound(schema: Schema, bounds: Schema) -> Schema:

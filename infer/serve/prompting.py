@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.request import Request, SamplingParams, StructuredOutputs, check_token_ids
+from infer.serve.client import submission
 from infer.serve.errors import bad_request, too_long
 from infer.serve.generation import too_many_logprobs
 from infer.serve.link import Hello
@@ -17,8 +18,11 @@ from infer.serve.text import Tokenizer
 from infer.structured import GrammarChecker
 
 MAX_INLINE_BYTES = 20_000  # conversations from longer bodies are rendered off the event loop
-MAX_INLINE_TOKENS = 100_000  # more prompt tokens are checked off the event loop
-MAX_INLINE_DECODED = 10_000  # and more are decoded there
+# More than so many are checked, and handed on, off the event loop:
+MAX_INLINE_PROMPTS = 64
+MAX_INLINE_TOKENS = 100_000  # of all prompts
+MAX_INLINE_DECODED = 10_000  # of all prompts, where their text is repeated
+MAX_INLINE_LISTED = 10_000  # of allowed_token_ids and the like, for all prompts
 MAX_CUT_CHARS = 1 << 20  # of a text that may be over the context, because it is cut
 MAX_REPEATED = 1 << 24  # characters and token ids of prompts that a reply repeats, for each of its choices
 
@@ -101,24 +105,25 @@ class Prompting:
                 f"{most}", code="context_length_exceeded",
             )  # fmt: skip
 
-    async def requests(self, body: SamplingBody, prompts: list[Prompt], hello: Hello) -> list[Request]:
-        """One engine request a prompt, each checked whole: the engine never sees a bad one. Raises ApiError."""
+    async def requests(self, body: SamplingBody, prompts: list[Prompt], hello: Hello) -> tuple[list[Request], bytes]:
+        """One engine request a prompt, each checked whole, and the frames that hand them over: the engine never sees a
+        bad one. Raises ApiError."""
         _check_logprob_entries(body, prompts)
         _check_priority(body, hello)
-        num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        most = MAX_INLINE_DECODED if body.echoes_prompt else MAX_INLINE_TOKENS
-        heavy = num_tokens > most or bool(body.bad_words)
 
-        def work() -> list[Request]:
+        def work() -> tuple[list[Request], bytes, StructuredOutputs | None]:
             requests = self._build(body, prompts, hello)
             self._give_text(body, prompts)  # after the ids were checked: any integer might stand there
-            return requests
+            return requests, submission(requests), body.asked_grammar()
 
-        requests = await self._offload.run(heavy, work)
-        grammar = requests[0].params.structured_outputs
-        if grammar is not None:
-            await self._check_grammar(grammar, body.grammar_field)
-        return requests
+        requests, frames, asked = await self._offload.run(_is_heavy(body, prompts), work)
+        compiled = requests[0].params.structured_outputs
+        if compiled is not None:
+            # The client's own first: an error in it then reads as the client wrote it, not as what was put around it.
+            if asked is not None and asked != compiled:
+                await self._check_grammar(asked, body.grammar_field)
+            await self._check_grammar(compiled, body.grammar_field)
+        return requests, frames
 
     def _give_text(self, body: SamplingBody, prompts: list[Prompt]) -> None:
         """Text for those prompts that the reply repeats and that came as token ids, or were cut. Raises ApiError."""
@@ -130,7 +135,7 @@ class Prompting:
 
     async def _check_grammar(self, grammar: StructuredOutputs, field: str) -> None:
         try:
-            await self._offload.run(True, lambda: self._grammars.check(grammar))
+            await self._offload.run_grammar(lambda: self._grammars.check(grammar))
         except ValueError as error:
             message = str(error)
             if field != "structured_outputs":
@@ -196,6 +201,20 @@ def _cut(prompt: Prompt, body: SamplingBody, hello: Hello) -> Prompt:
     if keep is None or len(prompt.token_ids) <= keep:
         return prompt
     return Prompt(prompt.token_ids[-keep:])  # without its text, which is another now
+
+
+def _is_heavy(body: SamplingBody, prompts: list[Prompt]) -> bool:
+    """Whether it may take more than some milliseconds to make requests of these."""
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    num_listed = sum(len(x or ()) for x in (body.stop_token_ids, body.allowed_token_ids, body.logit_bias))
+    return (
+        num_tokens > (MAX_INLINE_DECODED if body.echoes_prompt else MAX_INLINE_TOKENS)
+        or num_listed * len(prompts) > MAX_INLINE_LISTED
+        or len(prompts) > MAX_INLINE_PROMPTS
+        or bool(body.bad_words)
+        or body.is_constrained
+        or (isinstance(body, ChatBody) and body.is_forced)
+    )
 
 
 def _check_logprob_entries(body: SamplingBody, prompts: list[Prompt]) -> None:

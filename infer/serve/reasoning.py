@@ -6,26 +6,38 @@ inside it; some close it there as well, where the client wants no thinking. The 
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 from infer.request import StructuredOutputs
-from infer.serve.tools.source import END, Reading, Source
+from infer.serve.tools.source import END, Markers, Reading, Source
+from infer.structured import without_unknown_formats
 
 OPEN, CLOSE = "<think>", "</think>"
 MARKERS = (OPEN, CLOSE)
+_TAGS = Markers(MARKERS)
+_NEWLINES = re.compile(r"\n*")
 
 
 class ReasoningParser:
     """Divides one choice's text into reasoning and content. How the text comes in pieces makes no difference.
 
-    prompt: the text before it; continued: of which this much is the message that it goes on with. starts_inside:
-    whether text that begins with no tag, after a prompt without any, is reasoning.
+    prompt: the text before it; continued: of which this much is the message that it goes on with. opening: the marker
+    that a tool call begins with; None: there are no calls. starts_inside: whether text that begins with no tag, after a
+    prompt without any, is reasoning. calls_inside: whether the model may forget the closing tag before a call, which
+    then ends the reasoning. drops_close: whether a closing tag that nothing opened is left out of the content.
+
+    [begin, end): the characters of the text that are reasoning for certain, tags aside. is_over: there is no more.
     """
 
     starts_inside: ClassVar[bool]
+    calls_inside: ClassVar[bool] = False
+    drops_close: ClassVar[bool] = False
 
-    def __init__(self, prompt: str = "", continued: str = "") -> None:
+    def __init__(self, prompt: str = "", continued: str = "", opening: str | None = None) -> None:
+        self.begin = self.end = 0
+        self.is_over = False
+        self._opening = opening if self.calls_inside else None
         self._source = Source()
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -67,33 +79,40 @@ class ReasoningParser:
             self._source.back(len(self._source.marked()))
         self._source.unmark()
         if inside:
-            yield from self._newlines()
+            self.begin = self._source.position
+            yield from self._source.run(_NEWLINES)
             yield from self._until_close()
-            yield from self._newlines()
+            self.is_over = True
+            yield from self._source.run(_NEWLINES)
+        self.is_over = True
+        if inside is None and self.drops_close:
+            yield from self._without_close()
         while (text := (yield from self._source.some())) != END:
             self._content.append(text)
 
     def _until_close(self) -> Reading[None]:
-        """Reads the reasoning and the tag that closes it."""
-        while True:
-            self._reasoning.append(self._source.until("\n<"))
-            self._source.mark()
-            yield from self._newlines()
-            if (yield from self._source.skip(CLOSE)):
-                self._source.unmark()
-                return
-            held = self._source.marked()
-            self._source.unmark()
-            if not held:
-                held = yield from self._source.next()
-                if held == END:
-                    return
-            self._reasoning.append(held)
+        """Reads the reasoning and the tag that closes it; up to a call, where that closes it."""
+        num_newlines = 0  # read, and reasoning only if more of it follows
 
-    def _newlines(self) -> Reading[None]:
-        while (char := (yield from self._source.next())) == "\n":
-            pass
-        self._source.back(len(char))
+        def emit(text: str) -> None:
+            nonlocal num_newlines
+            if thought := text.rstrip("\n"):
+                self._reasoning += ["\n" * num_newlines, thought]
+                num_newlines = 0
+            num_newlines += len(text) - len(thought)
+            self.end = self._source.position - num_newlines
+
+        marker = yield from self._source.until(Markers([CLOSE, *filter(None, [self._opening])]), emit)
+        self.end = self._source.position
+        if marker == CLOSE:
+            self._source.read(len(CLOSE))
+        elif marker is None:
+            self._reasoning.append("\n" * num_newlines)
+
+    def _without_close(self) -> Reading[None]:
+        """Reads content up to the first tag, and leaves that out where it is the closing one."""
+        if (yield from self._source.until(_TAGS, self._content.append)) == CLOSE:
+            self._source.read(len(CLOSE))
 
 
 class DeepSeekR1Parser(ReasoningParser):
@@ -103,9 +122,12 @@ class DeepSeekR1Parser(ReasoningParser):
 
 
 class Qwen3Parser(ReasoningParser):
-    """Qwen 3 thinks where it, or the prompt, opens the tag: text without one is the answer."""
+    """Qwen 3 thinks where it, or the prompt, opens the tag: text without one is the answer. Its tags may be one short:
+    a call in the middle of the thinking, or a closing tag alone."""
 
     starts_inside = False
+    calls_inside = True
+    drops_close = True
 
 
 # --reasoning-parser -> its class
@@ -131,26 +153,42 @@ def _begins_inside(prompt: str, continued: str) -> bool | None:
 
 
 def constrain_answer(
-    asked: StructuredOutputs, parser: ReasoningParser, special_markers: Collection[str]
-) -> StructuredOutputs:
-    """What the text must be, where a constraint holds for the answer and the reasoning before it is free.
+    asked: StructuredOutputs, parser: ReasoningParser | None, special_markers: Mapping[str, int],
+    call_markers: Collection[str] = (),
+) -> StructuredOutputs:  # fmt: skip
+    """What the text must be, where a constraint holds for the answer alone: the reasoning before it is free, and so is
+    a tool call in its place.
 
-    special_markers: which of the tags are special tokens, which no pattern of characters matches. Raises ValueError
-    where the constraint is too long to stand in a grammar.
+    parser: None where the model does not reason. special_markers: the ids of those markers that are special tokens,
+    which no pattern of characters matches. call_markers: those of tool calls, the one they begin with first; none:
+    there is no call. Raises ValueError where the constraint is too long to stand in a grammar.
     """
-    if parser.inside is False:
+
+    def written(marker: str) -> str:
+        return f"<[{special_markers[marker]}]>" if marker in special_markers else json.dumps(marker)
+
+    if (parser is None or parser.inside is False) and not call_markers:
         return asked
-    opening, closing = (tag if tag in special_markers else json.dumps(tag) for tag in MARKERS)
-    if CLOSE in special_markers:
-        thought = f"thought: /(.|\\n)*/ {closing}"
+    said = "(answer | call)" if call_markers else "answer"
+    lines = [f"answer: {_lark(asked)}"]
+    if call_markers:
+        tokens = "".join(f" | {written(marker)}" for marker in call_markers if marker in special_markers)
+        lines.append(f"call: {written(next(iter(call_markers)))} (/(.|\\n)+/{tokens})*")
+    if parser is None or parser.inside is False:
+        lines.append(f"start: {said}")
     else:
-        thought = f"thought[lazy]: /(.|\\n)*{re.escape(CLOSE).replace('/', chr(92) + '/')}/"
-    opened = f"({opening} thought NEWLINES)?" if parser.inside is None else f"{opening}? thought NEWLINES"
-    lines = [f"start: {opened} answer", thought, r"NEWLINES: /\n{0,2}/", f"answer: {_lark(asked)}", ""]
+        thinking = "thought NEWLINES"
+        opened = f"({written(OPEN)} {thinking})?" if parser.inside is None else f"{written(OPEN)}? {thinking}"
+        if CLOSE in special_markers:
+            thought = f"thought: /(.|\\n)*/ {written(CLOSE)}"
+        else:
+            thought = f"thought[lazy]: /(.|\\n)*{re.escape(CLOSE).replace('/', chr(92) + '/')}/"
+        lines += [f"start: {opened} {said}", thought, r"NEWLINES: /\n{0,2}/"]
     try:
-        return StructuredOutputs(grammar="\n".join(lines))
+        return StructuredOutputs(grammar="\n".join([*lines, ""]))
     except ValueError as error:
-        raise ValueError(f"{asked.kind} after reasoning: {error}") from None
+        place = "beside tools" if parser is None else "after reasoning"
+        raise ValueError(f"{asked.kind} {place}: {error}") from None
 
 
 def _lark(asked: StructuredOutputs) -> str:
@@ -161,7 +199,7 @@ def _lark(asked: StructuredOutputs) -> str:
         return "/" + re.sub(r"\\.|[/\n]", _escaped, asked.regex, flags=re.DOTALL) + "/"
     if asked.choice is not None:
         return " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(asked.choice))
-    schema = json.loads(asked.json) if isinstance(asked.json, str) else {"type": "object"}
+    schema = _schema(asked.json) if isinstance(asked.json, str) else {"type": "object"}
     guidance: dict[str, object] = {}
     if asked.disable_any_whitespace:
         guidance["whitespace_flexible"] = False
@@ -170,6 +208,15 @@ def _lark(asked: StructuredOutputs) -> str:
     if guidance and isinstance(schema, dict):
         schema["x-guidance"] = guidance
     return "%json " + json.dumps(schema)
+
+
+def _schema(text: str) -> object:
+    try:
+        return without_unknown_formats(json.loads(text))
+    except RecursionError:
+        raise ValueError("json is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"json is not JSON: {error}") from None
 
 
 def _escaped(match: re.Match[str]) -> str:

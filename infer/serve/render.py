@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infer.request import FinishReason, Output, Request, TokenLogprobs
-from infer.serve.client import num_logprobs
 from infer.serve.schema import SamplingBody
 from infer.serve.text import TextStream, Tokenizer
 
 MIN_LOGPROB = -9999.0  # for what JSON lacks, -inf and NaN, as in vLLM
+# What rendering costs, in units of some 10 us: 1 a log-probability, and
+CHUNK_WORK = 10
+CHARS_A_UNIT = 8  # of text, which parsers may read character by character
+REPEATED_A_UNIT = 300  # characters and token ids of a prompt, which are only copied
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Prompt:
     text: str | None = None
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs | None] | None = None  # come with choice 0's first token
+    num_logprobs: int = 0  # alternatives included
 
 
 @dataclass
@@ -33,12 +37,17 @@ class Delta:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     echo: bool = False  # the prompt's text and log-probabilities go before
     token_ids: list[int] = field(default_factory=list)
+    num_logprobs: int = 0  # alternatives included
 
-    def plus(self, later: "Delta") -> "Delta":
-        """Both as one."""
-        return Delta(
-            self.text + later.text, self.logprobs + later.logprobs, self.echo, self.token_ids + later.token_ids
-        )
+    @classmethod
+    def joined(cls, parts: Sequence["Delta"]) -> "Delta":
+        """Several as one, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            "".join(part.text for part in parts), [entry for part in parts for entry in part.logprobs], False,
+            [token_id for part in parts for token_id in part.token_ids], sum(part.num_logprobs for part in parts),
+        )  # fmt: skip
 
 
 class Choice:
@@ -59,9 +68,11 @@ class Choice:
         self.stream = TextStream(tokenizer, request.params, request.prompt_token_ids)
         self.token_ids: list[int] = []  # not yet reported
         self.logprobs: list[TokenLogprobs] = []
+        self.num_logprobs = 0  # of the tokens kept, alternatives included
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.num_chunks = 0
+        self.num_reasoning_tokens = 0  # of those generated; the reply counts them as it is rendered
         self.offset = 0  # characters of the tokens reported so far, for text_offset
 
     def accept(self, output: Output) -> Delta:
@@ -75,9 +86,11 @@ class Choice:
             text += self.stream.finish()
         count = self.stream.num_tokens - before  # those after a stop string are nobody's
         delta = Delta(text, (output.logprobs or [])[:count], token_ids=output.token_ids[:count])
+        delta.num_logprobs = sum(len(entry.tokens) for entry in delta.logprobs)
         self.token_ids += delta.token_ids
         if self.keep:
             self.logprobs += delta.logprobs
+            self.num_logprobs += delta.num_logprobs
         if self.stream.stop_reason is not None:
             self.finish_reason, self.stop_reason = "stop", self.stream.stop_reason
         elif output.finish_reason is not None:
@@ -93,16 +106,21 @@ class Choice:
         return sum(finite_logprob(entry.logprobs[0]) for entry in self.logprobs) / len(self.logprobs)
 
 
-def usage(prompts: Sequence[Prompt], choices: Sequence[Choice]) -> dict[str, Any]:
-    """Every prompt counts once, whatever n is; every token generated counts, returned or not."""
+def usage(prompts: Sequence[Prompt], choices: Sequence[Choice], counts_reasoning: bool = False) -> dict[str, Any]:
+    """Every prompt counts once, whatever n is; every token generated counts, returned or not. counts_reasoning: says
+    how many of those were reasoning, of what has been rendered."""
     num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
     num_completion = sum(choice.stream.num_tokens for choice in choices)
-    return {
+    used: dict[str, Any] = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
         "prompt_tokens_details": {"cached_tokens": sum(prompt.num_cached_tokens for prompt in prompts)},
     }
+    if counts_reasoning:
+        num_reasoning = sum(choice.num_reasoning_tokens for choice in choices)
+        used["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
+    return used
 
 
 def distinct(entry: TokenLogprobs) -> Iterator[tuple[int, float, int]]:
@@ -138,18 +156,25 @@ class Reply:
         self._tokenizer = tokenizer
         self._created = int(time.time())
         self._with_token_ids = body.return_token_ids
+        self._repeats_text = body.echoes_prompt
         self._with_prompt_logprobs = body.prompt_logprobs is not None
         self._tokens_as_ids = body.return_tokens_as_token_ids
         self._told_prompt = False  # once a reply
 
-    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
-        """The body of a reply that is not streamed."""
-        shown = [self.whole_choice(choice) | self._extras(choice) for choice in choices]
-        head = self._head(self.object_name) | self._reply_extras(choices[0])
-        return {**head, "choices": shown, "usage": used}
+    def returned(self, choices: Sequence[Choice]) -> Sequence[Choice]:
+        """Of all that were generated, those that a whole reply shows."""
+        return choices
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        """A choice in a reply that is not streamed."""
+        return self.whole_choice(choice) | self._extras(choice)
+
+    def whole_head(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The body of such a reply, but for its choices and usage."""
+        return self._head(self.object_name) | self._reply_extras(choices[0])
 
     def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
-        """One event of a stream; None where there is nothing to say yet."""
+        """One event of a stream, but for its usage; None where there is nothing to say yet."""
         shown = self.chunk_choice(choice, delta)
         if shown is None:
             if not self._with_token_ids:
@@ -159,9 +184,16 @@ class Reply:
         choice.num_chunks += 1
         return {**self._head(self.chunk_object_name), **self._reply_extras(choice), "choices": [shown]}
 
-    def num_logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprobs]) -> int:
-        """At most so many are rendered when these are; the first time, the prompt's come with them."""
-        return num_logprobs(logprobs) + (0 if choice.num_chunks else num_logprobs(choice.prompt.logprobs))
+    def work(self, choice: Choice, num_chars: int, num_logprobs: int) -> int:
+        """About what it costs to render so much more of a choice, in units of some 10 us; the first time, what is said
+        of the prompt comes with it."""
+        work = CHUNK_WORK + num_chars // CHARS_A_UNIT + num_logprobs
+        return work if choice.num_chunks else work + self.prompt_work(choice.prompt)
+
+    def prompt_work(self, prompt: Prompt) -> int:
+        num_ids = len(prompt.token_ids) if self._with_token_ids else 0
+        num_chars = len(prompt.text or "") if self._repeats_text else 0
+        return prompt.num_logprobs + (num_ids + num_chars) // REPEATED_A_UNIT
 
     def usage_chunk(self, used: dict[str, Any]) -> dict[str, Any]:
         """The last event of a stream with include_usage."""

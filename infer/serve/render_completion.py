@@ -24,11 +24,8 @@ class CompletionReply(Reply):
         self._num_generated, self._num_returned = body.num_generated, body.n
         self._skipped = tokenizer.special_ids if body.skip_special_tokens else frozenset()
 
-    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> dict[str, Any]:
-        return super().whole(self._best(choices), used)
-
-    def _best(self, choices: Sequence[Choice]) -> Sequence[Choice]:
-        """The choices to return: of each prompt's, with best_of, the n likeliest per token, in falling order."""
+    def returned(self, choices: Sequence[Choice]) -> Sequence[Choice]:
+        """With best_of, of each prompt's the n likeliest per token, in falling order."""
         if self._num_returned == self._num_generated:
             return choices
         best: list[Choice] = []

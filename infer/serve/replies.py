@@ -38,13 +38,21 @@ class PromptTokensDetails(_Reply):
     cached_tokens: int
 
 
+class CompletionTokensDetails(_Reply):
+    """reasoning_tokens: those generated before the answer, as --reasoning-parser finds them."""
+
+    reasoning_tokens: int
+
+
 class Usage(_Reply):
-    """Tokens of the whole request: each prompt once, and every token generated."""
+    """Tokens of the whole request: each prompt once, and every token generated. In a chunk that has choices: of its
+    choice so far, and of that choice's prompt. completion_tokens_details: of chats, with --reasoning-parser."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class PromptLogprob(_Reply):
@@ -252,7 +260,8 @@ class ChatCompletionChunk(_Reply):
 
 
 class Tokenized(_Reply):
-    """The reply of /tokenize. count: of tokens. token_strs: where return_token_strs asked for them."""
+    """The reply of /tokenize. count: of tokens. token_strs: each as the vocabulary spells it ("Ġworld"), where
+    return_token_strs asked for that."""
 
     count: int
     max_model_len: int

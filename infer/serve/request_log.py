@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from infer.request import Request, SamplingParams
 
 MAX_PARAMS_CHARS = 400
+MAX_SHOWN_ENTRIES = 8  # of a list or mapping; of longer ones only their length is told
 
 # Parameters that hold a user's words: only that they are there is told.
 _TEXTS = ("stop", "bad_words", "structured_outputs")
@@ -27,5 +29,13 @@ def _show(params: SamplingParams) -> str:
     """The parameters that are not at their defaults."""
     values, defaults = msgspec.structs.asdict(params), msgspec.structs.asdict(SamplingParams())
     given = {name: value for name, value in values.items() if value != defaults[name]}
-    text = ", ".join(f"{name}={'...' if name in _TEXTS else value}" for name, value in given.items()) or "defaults"
+    text = ", ".join(f"{name}={_show_value(name, value)}" for name, value in given.items()) or "defaults"
     return text if len(text) <= MAX_PARAMS_CHARS else text[:MAX_PARAMS_CHARS] + "..."
+
+
+def _show_value(name: str, value: Any) -> str:
+    if name in _TEXTS:
+        return "..."
+    if isinstance(value, (list, dict)) and len(value) > MAX_SHOWN_ENTRIES:
+        return f"({len(value)} entries)"
+    return str(value)

@@ -4,6 +4,7 @@ Every field is one of three: taken (a struct's field), without effect here, or r
 null equals absent everywhere.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
@@ -14,7 +15,9 @@ from infer.request import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams, Struc
 from infer.serve.errors import ApiError, bad_request, show
 from infer.serve.untaken import check_untaken
 
-MAX_STOP_CHARS = 1024
+MAX_STOP_CHARS = 1024  # of one
+MAX_ALL_STOP_CHARS = 8192  # of all together
+MAX_WHOLE_FLOAT = 2**53  # up to here every integer has a float of its own
 MAX_LOGPROB_ENTRIES = 1 << 18  # held for one reply; each takes some 100 bytes here
 # The engine holds stop_token_ids, allowed_token_ids and logit_bias once a choice.
 MAX_TOKEN_LIST_ENTRIES = 1 << 20
@@ -145,6 +148,11 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return max(self.num_generated, 1)
 
     @property
+    def counts_reasoning(self) -> bool:
+        """Whether the usage says how many of the tokens generated were reasoning."""
+        return False
+
+    @property
     def echoes_prompt(self) -> bool:
         """Whether the reply begins with the prompt's text."""
         return False
@@ -160,6 +168,11 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return False
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether one of these fields says what the text must be."""
+        return self.structured_outputs is not None or self.response_format is not None
+
+    @property
     def grammar_field(self) -> str:
         """The field that a constraint on the text came from, for errors."""
         return "structured_outputs" if self.structured_outputs is not None else "response_format"
@@ -172,8 +185,14 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             raise bad_request(message, "structured_outputs")
         return asked or self.structured_outputs
 
+    def asked_grammar(self) -> StructuredOutputs | None:
+        """The same as the client says it, where grammar() puts something around that. Raises ApiError."""
+        return self.grammar()
+
     def check(self) -> None:
         """Raises ApiError for what SamplingParams cannot know."""
+        if self.seed == -1:  # vLLM's way to give none
+            self.seed = None
         if self.stream_options is not None:
             self._check_stream_options(self.stream_options)
         if self.top_k > MAX_TOP_K:
@@ -184,15 +203,22 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 f"stop_token_ids, allowed_token_ids and logit_bias have {num_entries} entries for each of "
                 f"{self.num_choices} choices; one request may have {MAX_TOKEN_LIST_ENTRIES}. Send several requests"
             )
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        longest = max(map(len, stops), default=0)
-        if longest > MAX_STOP_CHARS:
-            raise bad_request(f"a stop string may have {MAX_STOP_CHARS} characters, not {longest}", "stop")
+        self._check_stop()
         self._check_extras()
 
+    def _check_stop(self) -> None:
+        lengths = [len(self.stop)] if isinstance(self.stop, str) else [len(stop) for stop in self.stop or ()]
+        if max(lengths, default=0) > MAX_STOP_CHARS:
+            raise bad_request(f"a stop string may have {MAX_STOP_CHARS} characters, not {max(lengths)}", "stop")
+        if sum(lengths) > MAX_ALL_STOP_CHARS:
+            raise bad_request(
+                f"the stop strings may have {MAX_ALL_STOP_CHARS} characters together, not {sum(lengths)}", "stop"
+            )
+
     def _check_stream_options(self, options: StreamOptions) -> None:
-        if not self.stream:
-            raise bad_request("stream_options needs stream to be true", "stream_options")
+        asked = next((name for name in options.__struct_fields__ if getattr(options, name)), None)
+        if asked is not None and not self.stream:
+            raise bad_request(f"stream_options.{asked} needs stream to be true", "stream_options")
         if options.include_obfuscation:
             raise bad_request(
                 "stream_options.include_obfuscation is not supported by this server; set it to false", "stream_options"
@@ -274,11 +300,44 @@ def convert(raw: dict[str, Any], kind: type[Body], defaults: Mapping[str, Any]) 
     for name in _NESTED:
         if isinstance(value := fields.get(name), dict):
             fields[name] = {key: item for key, item in value.items() if item is not None}
+    for name in integer_fields(kind) & fields.keys():
+        fields[name] = with_whole_integers(fields[name])
     fields = {name: value for name, value in defaults.items() if name in kind.__struct_fields__} | fields
     try:
         return msgspec.convert(fields, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _validation_error(str(error)) from None
+
+
+@functools.cache
+def integer_fields(kind: type[msgspec.Struct]) -> frozenset[str]:
+    """The names of a struct's fields that take an integer, or a list of them."""
+    info = msgspec.inspect.type_info(kind)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return frozenset(field.encode_name for field in info.fields if _takes_integers(field.type))
+
+
+def _takes_integers(type_: msgspec.inspect.Type) -> bool:
+    match type_:
+        case msgspec.inspect.IntType():
+            return True
+        case msgspec.inspect.ListType(item_type=item):
+            return _takes_integers(item)
+        case msgspec.inspect.UnionType(types=types):
+            return any(map(_takes_integers, types))
+    return False
+
+
+def with_whole_integers(value: Any) -> Any:
+    """16.0 is an integer to JSON, and so to clients that know one kind of number: it becomes 16, alone or in a list."""
+    if isinstance(value, list):
+        return [_whole_integer(item) for item in value] if float in set(map(type, value)) else value
+    return _whole_integer(value)
+
+
+def _whole_integer(value: Any) -> Any:
+    whole = isinstance(value, float) and abs(value) <= MAX_WHOLE_FLOAT and value.is_integer()
+    return int(value) if whole else value
 
 
 def decode(data: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from infer.request import StructuredOutputs
 from infer.serve.chat import RESERVED
 from infer.serve.chat_format import ChatFormat, ChatOutput
 from infer.serve.errors import bad_request, show
-from infer.serve.messages import template_message
+from infer.serve.messages import IGNORED_INSIDE, template_messages
 from infer.serve.reasoning import ReasoningParser, constrain_answer
 from infer.serve.schema import SamplingBody
 from infer.serve.tools import NamedParser, RequiredParser, ToolParser, named_schema, required_schema
@@ -23,7 +23,8 @@ MAX_TOOLS = 128
 MAX_TOOLS_BYTES = 256 << 10  # of all tools' JSON together
 MAX_DOCUMENTS = 1024
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # OpenAI's names, and those that gateways make with a prefix
-_TOOL_FIELDS = {"type", "function"}
+# strict stands in the function; some clients put it beside that, where it changes nothing either: it always holds.
+_TOOL_FIELDS = {"type", "function", "strict"}
 
 
 class FunctionName(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -92,6 +93,25 @@ class ChatBody(SamplingBody, dict=True):
         return self.choice_of_tools not in ("none", "auto")
 
     @property
+    def names_tool(self) -> bool:
+        """Whether it must call this one tool."""
+        return isinstance(self.choice_of_tools, NamedTool)
+
+    @property
+    def may_call_or_answer(self) -> bool:
+        """Whether the model either calls tools or answers as response_format says."""
+        shape = self.response_format
+        return self.choice_of_tools == "auto" and shape is not None and shape.type != "text"
+
+    @property
+    def hides_reasoning(self) -> bool:
+        return self.counts_reasoning and not self.include_reasoning
+
+    @property
+    def counts_reasoning(self) -> bool:
+        return self.format.reasoning_parser is not None
+
+    @property
     def template_variables(self) -> dict[str, Any]:
         """What the chat template gets beside the messages: tools and documents, the request's own variables, and the
         effort as vLLM gives it, which templates that know neither name do not see."""
@@ -116,7 +136,7 @@ class ChatBody(SamplingBody, dict=True):
 
     def check(self) -> None:
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise bad_request("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
@@ -127,11 +147,13 @@ class ChatBody(SamplingBody, dict=True):
         self._check_template_variables()
         if not self.messages:
             raise bad_request("messages is empty; give at least one message", "messages")
-        self.messages = [template_message(message, f"messages[{i}]") for i, message in enumerate(self.messages)]
+        self.messages = template_messages(self.messages)
         self._check_tools()
         self._check_tool_choice()
 
     def _check_template_variables(self) -> None:
+        if self.chat_template_kwargs.get("add_generation_prompt") is self.generation_prompt:  # as vLLM's clients may
+            del self.chat_template_kwargs["add_generation_prompt"]
         for name in self.chat_template_kwargs:
             if name in RESERVED:
                 raise bad_request(f"chat_template_kwargs must not set {name[:40]}", "chat_template_kwargs")
@@ -159,12 +181,12 @@ class ChatBody(SamplingBody, dict=True):
             raise bad_request("tool_choice asks for a call, but there are no tools", "tool_choice")
         if isinstance(choice, NamedTool):
             self._named_tool(choice)
-        # structured_outputs may well describe a text with calls in it; what the client means then is its own to say.
-        decides = self.choice_of_tools == "auto" and self.text_field != "response_format"
-        if super().grammar() is not None and self.choice_of_tools != "none" and not decides:
+        # Beside auto, response_format is what the text must be unless it calls a tool. structured_outputs may well
+        # describe a text with calls in it; what the client means then is its own to say.
+        if super().grammar() is not None and self.is_forced:
             raise bad_request(
-                f"{self.text_field} says what the whole text must be, so that no tool can be called; leave it out, or "
-                'set tool_choice to "none"', self.text_field,
+                f"{self.text_field} says what the text must be, so that no tool can be called; leave it out, or set "
+                'tool_choice to "auto" or "none"', self.text_field,
             )  # fmt: skip
 
     def _named_tool(self, choice: NamedTool) -> dict[str, Any]:
@@ -182,6 +204,12 @@ class ChatBody(SamplingBody, dict=True):
                 'tool_choice "auto" needs a server started with --enable-auto-tool-choice and --tool-call-parser; use '
                 '"required", a named tool or "none"', "tool_choice",
             )  # fmt: skip
+        if self.may_call_or_answer and not format.call_markers:
+            raise bad_request(
+                "response_format cannot stand beside tools here: in the format of this server's --tool-call-parser, no "
+                'marker tells a call from an answer; leave one of them out, or set tool_choice to "none"',
+                "response_format",
+            )
         self.keeps_special_tokens = self.skip_special_tokens and format.needs_special_tokens(
             self.choice_of_tools == "auto"
         )
@@ -193,7 +221,8 @@ class ChatBody(SamplingBody, dict=True):
         if self.format.reasoning_parser is None:
             return None
         continued = str(self.messages[-1]["content"]) if self.continue_final_message else ""
-        return self.format.reasoning_parser(self.prompt_text, continued)
+        calls = self.format.call_markers if self.choice_of_tools == "auto" else ()
+        return self.format.reasoning_parser(self.prompt_text, continued, calls[0] if calls else None)
 
     def rendered(self, text: str) -> None:
         """Tells the prompt's text: templates may open or close the reasoning in it."""
@@ -208,14 +237,19 @@ class ChatBody(SamplingBody, dict=True):
         """The field beside tool_choice that says what the text must be."""
         return super().grammar_field
 
+    def asked_grammar(self) -> StructuredOutputs | None:
+        """What the client says the text must be, with nothing of ours around it. Raises ApiError."""
+        return self._tool_grammar() if self.is_forced else super().grammar()
+
     def grammar(self) -> StructuredOutputs | None:
-        """What the text must be; where the model reasons first, what comes after that. Raises ApiError."""
-        asked = self._tool_grammar() if self.is_forced else super().grammar()
-        thinking = self._reasoning()
-        if asked is None or thinking is None:
-            return asked
+        """What the text must be: where the model reasons first, after that; where it may call a tool instead, unless
+        it does. Raises ApiError."""
+        asked = self.asked_grammar()
+        if asked is None:
+            return None
+        calls = self.format.call_markers if self.may_call_or_answer else ()
         try:
-            return constrain_answer(asked, thinking, self.format.special_markers)
+            return constrain_answer(asked, self._reasoning(), self.format.special_markers, calls)
         except ValueError as error:
             raise bad_request(str(error), self.grammar_field) from None
 
@@ -233,9 +267,9 @@ class ChatBody(SamplingBody, dict=True):
         format, choice = self.format, self.choice_of_tools
         calling: ToolParser | None = None
         if isinstance(choice, NamedTool):
-            calling = NamedParser(choice.function.name)
+            calling = NamedParser(choice.function.name, format.make_id)
         elif choice == "required":
-            calling = RequiredParser()
+            calling = RequiredParser(make_id=format.make_id)
         elif choice == "auto" and format.tool_parser is not None:
             calling = format.tool_parser(self.tools)
         return ChatOutput(
@@ -243,19 +277,30 @@ class ChatBody(SamplingBody, dict=True):
             self._reasoning(),
             calling,
             None if self.parallel_tool_calls else 1,
+            format.call_markers[0] if self.may_call_or_answer and calling is not None else None,
+        )
+
+    def shows_token(self, token_id: int) -> bool:
+        """Whether a token is part of the text that output() gets to see."""
+        if token_id not in self.format.special_ids:
+            return True
+        return not self.skip_special_tokens and (
+            not self.keeps_special_tokens or token_id in self.format.special_markers.values()
         )
 
 
 def _template_tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A tool as templates get it, nulls left out. What a function has beyond OpenAI's fields is the template's too."""
-    tool = {name: value for name, value in tool.items() if value is not None}
+    tool = {name: value for name, value in tool.items() if value is not None and name not in IGNORED_INSIDE}
     function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, dict):
+    if tool.get("type", "function") != "function" or not isinstance(function, dict):
         raise bad_request(f'{where} must be {{"type": "function", "function": {{"name": ...}}}}', "tools")
     for name in tool:
         if name not in _TOOL_FIELDS:
             raise bad_request(f"{where}.{name[:40]} is not supported; known are function and type", "tools")
-    function = {name: value for name, value in function.items() if value is not None}
+    if not isinstance(tool.get("strict", False), bool):
+        raise bad_request(f"{where}.strict must be true or false, not {show(tool['strict'])}", "tools")
+    function = {name: value for name, value in function.items() if value is not None and name not in IGNORED_INSIDE}
     named = function.get("name")
     if not isinstance(named, str) or not TOOL_NAME.fullmatch(named):
         raise bad_request(

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from infer.request import MAX_CHOICES
 from infer.serve.errors import ApiError, bad_request
-from infer.serve.schema import SamplingBody
+from infer.serve.schema import SamplingBody, with_whole_integers
 
 
 class CompletionBody(SamplingBody):
@@ -83,7 +83,7 @@ class CompletionBody(SamplingBody):
     def _prompt_list(self) -> list[str] | list[list[int]]:
         """Raises ApiError unless `prompt` has one of its four forms, and for too many."""
         prompt = self.prompt
-        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) in (int, float)):
             prompt = [prompt]
         if not isinstance(prompt, list):
             raise _bad_prompt()
@@ -95,6 +95,7 @@ class CompletionBody(SamplingBody):
                 f"one request may ask for {MAX_CHOICES} choices (prompts times {name}), not {len(prompt)} x {each}; "
                 "send several requests", "prompt",
             )  # fmt: skip
+        prompt = [with_whole_integers(item) for item in prompt]
         if all(isinstance(item, str) for item in prompt) or all(map(_is_token_list, prompt)):
             return prompt
         raise _bad_prompt()

@@ -114,13 +114,16 @@ class SentencePiece(Vocabulary):
         token_id = self._model.piece_to_id(piece)
         return token_id if self._model.id_to_piece(token_id) == piece else None
 
-    def spell(self, token_id: int) -> bytes:
+    def piece(self, token_id: int) -> str:
         if (token := self._added.get(token_id)) is not None:
-            return token.text.encode("utf-8", "replace")
-        if not 0 <= token_id < self._num_pieces:
-            return b""
-        piece = self._model.id_to_piece(token_id)
-        if self._model.is_byte(token_id):
+            return token.text
+        return self._model.id_to_piece(token_id) if 0 <= token_id < self._num_pieces else ""
+
+    def spell(self, token_id: int) -> bytes:
+        piece = self.piece(token_id)
+        if token_id in self._added:
+            return piece.encode("utf-8", "replace")
+        if self.is_byte_token(token_id):
             return bytes([int(piece[3:5], 16)])  # <0x0A>
         return piece.replace(WORD_BEGIN, " ").encode()
 

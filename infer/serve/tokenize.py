@@ -6,12 +6,13 @@ from aiohttp import web
 
 from infer.serve.client import EngineClient
 from infer.serve.errors import bad_request
+from infer.serve.expect import AskingRouter
 from infer.serve.generation import JSON
-from infer.serve.offload import Offload
+from infer.serve.offload import INLINE_BYTES, Offload
 from infer.serve.prompting import Prompting
 from infer.serve.schema_tokenize import TokenizeChatBody, TokenizeTextBody, parse_detokenize, parse_tokenize
 from infer.serve.text import Tokenizer
-from infer.serve.upload import SMALL_BODY_BYTES, BodyReader
+from infer.serve.upload import BodyReader
 
 MAX_CHARS = 1 << 20  # of a text to tokenize: it need not fit the model's context, to see by how much it does not
 MAX_INLINE_TOKENS = 2000  # more are decoded, or spelled one by one, off the event loop
@@ -30,7 +31,7 @@ class TokenizeRoutes:
         self._bodies = bodies
         self._offload = offload
 
-    def add_routes(self, router: web.UrlDispatcher) -> None:
+    def add_routes(self, router: AskingRouter) -> None:
         router.add_post("/tokenize", self.tokenize)
         router.add_post("/detokenize", self.detokenize)
 
@@ -38,7 +39,7 @@ class TokenizeRoutes:
         """The token ids a generating route would work on: of a text, or of a conversation in the chat template."""
         hello = self._client.ready()
         data = await self._bodies.read(request)
-        body = await self._offload.run(len(data) > SMALL_BODY_BYTES, lambda: parse_tokenize(data))
+        body = await self._offload.run(len(data) > INLINE_BYTES, lambda: parse_tokenize(data))
         self._client.check_model(body.model)
         [token_ids] = await self._prompting.encode([await self._text(body, len(data))], body.add_special_tokens)
         strings = await self._strings(token_ids) if body.return_token_strs else None
@@ -53,31 +54,33 @@ class TokenizeRoutes:
         """The text that token ids stand for, special tokens included."""
         hello = self._client.ready()
         data = await self._bodies.read(request)
-        body = await self._offload.run(len(data) > SMALL_BODY_BYTES, lambda: parse_detokenize(data))
+        body = await self._offload.run(len(data) > INLINE_BYTES, lambda: parse_detokenize(data))
         self._client.check_model(body.model)
-        low, high = min(body.tokens, default=0), max(body.tokens, default=0)
-        if low < 0 or high >= hello.vocab_size:
-            bad = low if low < 0 else high
-            raise bad_request(f"tokens holds {bad}; the vocabulary has ids 0 to {hello.vocab_size - 1}", "tokens")
-        text = await self._offload.run(
-            len(body.tokens) > MAX_INLINE_TOKENS,
-            lambda: self._tokenizer.decode(body.tokens, skip_special_tokens=False),
-        )
+        heavy = len(body.tokens) > MAX_INLINE_TOKENS
+        text = await self._offload.run(heavy, lambda: self._decode(body.tokens, hello.vocab_size))
         return await self._reply({"prompt": text})
+
+    def _decode(self, tokens: list[int], vocab_size: int) -> str:
+        low, high = min(tokens, default=0), max(tokens, default=0)
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise bad_request(f"tokens holds {bad}; the vocabulary has ids 0 to {vocab_size - 1}", "tokens")
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
     async def _text(self, body: TokenizeTextBody | TokenizeChatBody, num_bytes: int) -> str:
         if isinstance(body, TokenizeTextBody):
             _check_chars(len(body.prompt), "prompt")
             return body.prompt
-        chat = await self._offload.run(num_bytes > SMALL_BODY_BYTES, body.chat)
+        chat = await self._offload.run(num_bytes > INLINE_BYTES, body.chat)
         _check_chars(await self._prompting.chat_chars(chat, num_bytes), "messages")
         text = await self._prompting.render_chat(chat, num_bytes)
         _check_chars(len(text), "messages")
         return text
 
     async def _strings(self, token_ids: list[int]) -> list[str]:
+        """Each token as the vocabulary spells it, as in vLLM."""
         heavy = len(token_ids) > MAX_INLINE_TOKENS
-        return await self._offload.run(heavy, lambda: [self._tokenizer.token(token_id) for token_id in token_ids])
+        return await self._offload.run(heavy, lambda: list(map(self._tokenizer.vocabulary.piece, token_ids)))
 
     async def _reply(self, value: dict[str, Any]) -> web.Response:
         heavy = len(value.get("tokens") or value.get("prompt") or ()) > MAX_INLINE_ENTRIES

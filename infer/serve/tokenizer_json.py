@@ -65,10 +65,11 @@ class TokenizerJson(Vocabulary):
     def token_id(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
 
+    def piece(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def spell(self, token_id: int) -> bytes:
-        piece = self._tokenizer.id_to_token(token_id)
-        if piece is None:
-            return b""
+        piece = self.piece(token_id)
         if self._is_byte_level:
             return byte_level_bytes(piece)
         if self._has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(piece)):
@@ -76,8 +77,7 @@ class TokenizerJson(Vocabulary):
         return piece.replace(WORD_BEGIN, " ").encode("utf-8", "replace")
 
     def is_byte_token(self, token_id: int) -> bool:
-        piece = self._tokenizer.id_to_token(token_id)
-        return self._has_byte_tokens and piece is not None and _BYTE_TOKEN.fullmatch(piece) is not None
+        return self._has_byte_tokens and _BYTE_TOKEN.fullmatch(self.piece(token_id)) is not None
 
 
 def _step(decoder: dict[str, Any]) -> str:

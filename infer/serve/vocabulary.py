@@ -35,6 +35,10 @@ class Vocabulary:
         """The id of the token that the vocabulary spells so; None where there is none."""
         raise NotImplementedError
 
+    def piece(self, token_id: int) -> str:
+        """The token as the vocabulary spells it, such as "Ġworld" or "▁world"; empty outside the vocabulary."""
+        raise NotImplementedError
+
     def is_byte_token(self, token_id: int) -> bool:
         """Whether a token stands for one byte of a character the vocabulary lacks (never with byte-level BPE)."""
         raise NotImplementedError

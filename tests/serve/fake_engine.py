@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -143,8 +144,8 @@ def logprobs(token: int, k: int) -> TokenLogprobs:
 
 
 @contextlib.contextmanager
-def frontend(tokenizer_path: Path, port: int = 0) -> Iterator[FrontendHandle]:
-    handle = start_frontend(ServerConfig(port=port), tokenizer_path, tokenizer_path, MODEL)
+def frontend(tokenizer_path: Path, port: int = 0, **flags: Any) -> Iterator[FrontendHandle]:
+    handle = start_frontend(ServerConfig(port=port, **flags), tokenizer_path, tokenizer_path, MODEL)
     try:
         yield handle
     finally:

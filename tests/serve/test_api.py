@@ -241,9 +241,12 @@ def test_logprobs_of_a_chat_to_the_end_of_the_context(client, served):
     status, reply = post(served, "/v1/chat/completions", {**asked, "n": 60})
     assert status == 400 and b"one reply may have 262144" in reply
     wait_until(lambda: served[1].num_running == 0)
+    # A stream is not bounded, but its reader has to keep up: a fifth of what may wait for it comes at a time.
+    served[1].tokens_per_step, served[1].delay = 10, 0.1
     status, reply = post(served, "/v1/chat/completions", {**asked, "n": 60, "stream": True})
     assert status == 200 and reply.endswith(b"data: [DONE]\n\n") and b'"error"' not in reply
     assert reply.count(b'"top_logprobs"') > 60 * 220
+    served[1].tokens_per_step, served[1].delay = 1, 0.0
 
 
 def test_engine_error(client, served):

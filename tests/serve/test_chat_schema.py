@@ -1,13 +1,14 @@
 """Chat bodies: messages, tools, tool_choice, what they ask of the engine, and how replies are taken apart."""
 
 import json
+import logging
 
 import openai
 import pytest
 from fake_engine import FakeEngine, is_ready, wait_until
 
 from infer.config import ServerConfig
-from infer.request import FinishReason, Output, Request
+from infer.request import FinishReason, Output, Request, StructuredOutputs
 from infer.serve.chat_format import ChatFormat, SpecialTextFilter, SpecialTexts
 from infer.serve.errors import ApiError
 from infer.serve.render import Choice, Prompt
@@ -59,20 +60,56 @@ def test_messages_reach_the_template_as_it_wants_them():
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "text only, not 'image_url'"),
         ({"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}, "text only, not 'refusal'"),
-        ({"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}, r"\[0\].cache_control"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "detail": {}}]}, r"\[0\].detail"),
+        ({"role": "user", "content": [{"type": "input_text"}]}, r'must be {"type": "text"'),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls is not supported in a message of role u"),
         ({"role": "assistant", "tool_calls": "x"}, "tool_calls must be a list"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}, "function.name must be a string"),
         ({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]}, r"tool_calls\[0\] must be"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}, "JSON of an object"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "not of a list"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}, "NaN is not"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 10**5}}]}, "too deeply"),
-        ({"role": "assistant", "content": "", "reasoning": "a", "reasoning_content": "b"}, "differ"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "object, not a list"),
+        ({"role": "assistant", "content": "", "reasoning": 5, "reasoning_content": "b"}, "reasoning must be a string"),
     ],
 )
 def test_bad_messages(message, match):
     assert refused(match, messages=[message]) == "messages"
+
+
+def test_arguments_that_are_no_object_do_not_end_a_conversation(caplog):
+    """Our own parsers hand out what the model wrote: a reply that was cut off in a call comes back like this."""
+    texts = ['{"a": "cut o', "[1]", '{"a": NaN}', "[" * 10**5, "5", " "]
+    calls = [{"id": None, "function": {"name": "f", "arguments": text}} for text in texts]
+    with caplog.at_level(logging.WARNING, "infer.frontend"):
+        body = body_of(messages=[USER, {"role": "assistant", "tool_calls": calls}])
+    assert [call["function"]["arguments"] for call in body.messages[1]["tool_calls"]] == [{}] * len(texts)
+    [record] = caplog.records
+    assert record.getMessage().startswith("messages[1].tool_calls[0].function.arguments and 4 more: not the JSON")
+
+
+def test_what_other_servers_and_clients_add_is_left_out():
+    extras = {
+        "id": "msg_1", "cache_control": {"type": "ephemeral"}, "provider_specific_fields": {}, "annotations": [{}],
+        "reasoning_details": [{"type": "x"}],
+    }  # fmt: skip
+    parts = [
+        {"type": "input_text", "text": "a", **extras}, {"type": "output_text", "text": "b"},
+        {"type": "text", "text": "c", "cache_control": {}},
+    ]  # fmt: skip
+    calling = {"role": "assistant", "tool_calls": [CALL | {"provider_specific_fields": {}}], **extras}
+    tool = {"cache_control": {}, "strict": True, "function": {**TIME["function"], "cache_control": {}}}
+    body = body_of(messages=[{"role": "user", "content": parts, "tool_calls": [], **extras}, calling], tools=[tool])
+    assert body.messages[0] == {"role": "user", "content": "a\nb\nc"}
+    assert body.messages[1]["tool_calls"][0].keys() == {"id", "type", "function"}
+    assert body.messages[1].keys() == {"role", "content", "tool_calls"}
+    assert body.tools == [{"type": "function", "function": {"name": "get_time"}}]
+
+
+def test_two_names_for_reasoning_in_a_message():
+    for given, expected in (
+        ({"reasoning": "a", "reasoning_content": "b"}, "a"), ({"reasoning": None, "reasoning_content": "b"}, "b"),
+        ({"reasoning": "a"}, "a"),
+    ):  # fmt: skip
+        [told] = body_of(messages=[{"role": "assistant", "content": "", **given}]).messages
+        assert told["reasoning"] == told["reasoning_content"] == expected
 
 
 @pytest.mark.parametrize(
@@ -89,8 +126,13 @@ def test_bad_messages(message, match):
         ("tool_choice", "not in tools", {"tool_choice": NAMED, "tools": [WEATHER]}),
         ("tool_choice", "enum value", {"tool_choice": "any", "tools": [WEATHER]}),
         ("tool_choice", "--enable-auto-tool-choice", {"tools": [WEATHER]}),
-        ("response_format", "no tool can be called", {"tools": [WEATHER], "response_format": {"type": "json_object"}}),
-        ("response_format", "no tool", {"tools": [TIME], "response_format": {"type": "json_object"}}),
+        (
+            "response_format", "no tool can be called",
+            {"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        ),
+        ("tools", "strict must be", {"tools": [TIME | {"strict": 1}]}),
+        ("top_logprobs", "needs logprobs", {"top_logprobs": 1}),
+        ("chat_template_kwargs", "must not set", {"chat_template_kwargs": {"add_generation_prompt": False}}),
         (
             "structured_outputs", "no tool",
             {"tools": [TIME], "tool_choice": "required", "structured_outputs": {"regex": "a"}},
@@ -123,6 +165,14 @@ def test_template_variables():
     assert kept["enable_thinking"] is False and kept["tools"] is None and kept["documents"] is None
 
 
+def test_values_that_ask_for_nothing():
+    assert body_of(top_logprobs=0).num_logprobs is None
+    for fields in ({}, {"add_generation_prompt": False}):
+        wanted = not fields
+        body = body_of(chat_template_kwargs={"add_generation_prompt": wanted, "x": 1}, **fields)
+        assert body.generation_prompt is wanted and "add_generation_prompt" not in body.template_variables
+
+
 def grammar_of(body, format=AUTO, prompt=""):
     body.prepare(format)
     body.rendered(prompt)
@@ -143,6 +193,80 @@ def test_what_is_asked_of_the_engine():
     thinking = ChatFormat(reasoning_parser="qwen3")
     assert "%json" in grammar_of(body_of(response_format=shaped), thinking).grammar
     assert json.loads(grammar_of(body_of(response_format=shaped), thinking, "<think>\n\n</think>\n\n").json) == SCHEMA
+
+
+JSON_OBJECT = {"type": "json_object"}
+
+
+def test_an_answer_in_a_schema_or_a_call():
+    body = body_of(tools=[TIME], response_format=JSON_OBJECT)
+    assert "call: \"<tool_call>\"" in grammar_of(body).grammar
+    call = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
+    answer = json.dumps({"a": call})
+    for text, content, calls in ((call, "", 1), ("\n" + call, "", 1), (answer, answer, 0), ("<tool", "<tool", 0)):
+        for pieces in ([text], list(text)):
+            output = body.output()
+            deltas = [output.feed(piece, i == len(pieces) - 1) for i, piece in enumerate(pieces)]
+            assert "".join(delta.content for delta in deltas) == content
+            assert sum(call.name is not None for delta in deltas for call in delta.calls) == calls
+    assert grammar_of(body_of(tools=[TIME], response_format={"type": "text"})) is None
+    special = ChatFormat(SpecialTokenizer(), enable_auto_tool_choice=True, tool_call_parser="mistral")
+    assert "call: <[0]> " in grammar_of(body_of(tools=[TIME], response_format=JSON_OBJECT), special).grammar
+
+
+@pytest.mark.parametrize("name", ["pythonic", "llama3_json"])
+def test_formats_without_a_marker_take_no_schema_beside_tools(name):
+    format = ChatFormat(enable_auto_tool_choice=True, tool_call_parser=name)
+    with pytest.raises(ApiError, match="no marker tells a call from an answer") as caught:
+        body_of(tools=[TIME], response_format=JSON_OBJECT).prepare(format)
+    assert caught.value.param == "response_format"
+    body_of(tools=[TIME], response_format=JSON_OBJECT, tool_choice="none").prepare(format)
+
+
+def test_forced_calls_have_the_ids_of_the_flags_parser():
+    body = body_of(tools=[TIME], tool_choice=NAMED)
+    body.prepare(ChatFormat(tool_call_parser="mistral"))
+    [call] = body.output().feed("{}", is_last=True).calls
+    assert len(call.id) == 9
+
+
+def test_the_own_grammar_stands_apart_from_what_goes_around_it():
+    body = body_of(structured_outputs={"regex": "a+"})
+    assert grammar_of(body, ChatFormat(reasoning_parser="deepseek_r1")).kind == "grammar"
+    assert body.asked_grammar() == StructuredOutputs(regex="a+")
+
+
+REASONED = [  # reasoning parser, text, what of it is reasoning
+    ("deepseek_r1", "the quick 😀é你</think>\n\nhello world", "the quick 😀é你"),
+    ("qwen3", "<think>\nthe quick brown\n</think>\n\nhello", "\nthe quick brown\n"),
+    ("qwen3", "hello world, this is", ""),
+    ("deepseek_r1", "the quick brown fo", "the quick brown fo"),
+]
+
+
+@pytest.mark.parametrize("per_step", [1, 3, 1000])
+@pytest.mark.parametrize("name,text,reasoning", REASONED)
+def test_tokens_of_the_reasoning_are_counted(tokenizer, name, text, reasoning, per_step):
+    ids = tokenizer.encode(text)
+    starts = [len(tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(len(ids))]
+    begin = text.index(reasoning) if reasoning else 0
+    expected = sum(begin <= start < begin + len(reasoning) for start in starts)
+    for stream in (False, True):
+        body = body_of(stream=stream)
+        body.prepare(ChatFormat(tokenizer, reasoning_parser=name))
+        request = Request(request_id="r", prompt_token_ids=[65], params=body.sampling_params(500), seed=1)
+        choice = Choice(0, Prompt([65]), request, tokenizer, keep=not stream)
+        reply = ChatReply("i", "m", tokenizer, body)
+        parts = [ids[i : i + per_step] for i in range(0, len(ids), per_step)]
+        for i, part in enumerate(parts):
+            finish = FinishReason.LENGTH if i == len(parts) - 1 else None
+            delta = choice.accept(Output(request_id="r", token_ids=part, finish_reason=finish))
+            if stream:
+                reply.chunk(choice, delta)
+        if not stream:
+            reply.whole_choice(choice)
+        assert choice.num_reasoning_tokens == expected, stream
+    assert body.counts_reasoning and expected <= len(ids)
 
 
 def test_formats_check_their_flags():
@@ -253,16 +377,22 @@ def test_reasoning_has_fields_of_its_own(calling):
     client, _ = calling
     asked = {"tools": [TIME], "n": 8, "max_tokens": 110}  # the fake engine begins choice k at the prompt's token k
     choices = ask(client, **asked).choices
-    found = next(choice for choice in choices if hasattr(choice.message, "reasoning_content"))
+    found = next(choice for choice in choices if choice.message.reasoning_content)
+    assert any(choice.message.reasoning is choice.message.reasoning_content is None for choice in choices)
     assert found.message.reasoning_content == found.message.reasoning == "hm"
     assert found.message.content == "I look." and found.message.tool_calls
     chunks = [chunk for chunk in ask(client, stream=True, **asked) if chunk.choices[0].index == found.index]
     message, reason = joined(chunks)
     assert (message["reasoning_content"], message["reasoning"], message["content"]) == ("hm", "hm", "I look.")
     assert reason == found.finish_reason == "tool_calls"
-    hidden = ask(client, extra_body={"include_reasoning": False}, **asked).choices
-    assert not any(hasattr(choice.message, "reasoning_content") for choice in hidden)
+    extra = {"include_reasoning": False, "return_token_ids": True}
+    hidden = ask(client, extra_body=extra, logprobs=True, **asked).choices
+    assert not any(choice.message.reasoning_content or choice.message.reasoning for choice in hidden)
     assert hidden[found.index].message.content == "I look."
+    # Nor does anything else spell it.
+    assert not any(choice.logprobs or hasattr(choice, "token_ids") for choice in hidden)
+    for chunk in ask(client, extra_body=extra, logprobs=True, stream=True, **asked):
+        assert not any(choice.logprobs or hasattr(choice, "token_ids") for choice in chunk.choices)
 
 
 def test_outputs_that_wait_when_the_choice_is_over(tokenizer):
@@ -286,12 +416,33 @@ def test_named_calls_and_grammars_reach_the_engine(calling):
     client, engine = calling
     engine.requests.clear()
     choice = ask(client, tools=[TIME], tool_choice=NAMED, extra_body={"include_reasoning": False}).choices[0]
-    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert choice.finish_reason == "stop" and choice.message.content is None  # as with OpenAI
     assert choice.message.tool_calls[0].function.name == "get_time"
     assert engine.requests[0].params.structured_outputs.kind == "grammar"  # after the reasoning
+    ask(client, tools=[TIME], response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}})
+    assert "(answer | call)" in engine.requests[1].params.structured_outputs.grammar
     with pytest.raises(openai.BadRequestError, match="tools"):
         broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}
         ask(client, tools=[broken], tool_choice="required")
+
+
+def test_errors_name_the_own_grammar_and_not_what_goes_around_it(calling):
+    client, _ = calling
+    shaped = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}
+    for tools in ([], [TIME]):
+        with pytest.raises(openai.BadRequestError, match=r"response_format: .*not") as caught:
+            ask(client, tools=tools, response_format=shaped)
+        assert "thought" not in caught.value.message and caught.value.param == "response_format"
+
+
+def test_the_usage_counts_the_reasoning(calling):
+    client, _ = calling
+    asked = {"n": 8, "max_tokens": 110}
+    whole = ask(client, **asked)
+    *_, last = ask(client, stream=True, stream_options={"include_usage": True}, **asked)
+    counts = [reply.usage.completion_tokens_details.reasoning_tokens for reply in (whole, last)]
+    num_thinking = sum(choice.message.reasoning is not None for choice in whole.choices)
+    assert counts[0] == counts[1] == 2 * num_thinking > 0  # "hm"
 
 
 def test_echo_and_roles(calling):

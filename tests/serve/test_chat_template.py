@@ -219,6 +219,20 @@ def test_text_as_parts_where_the_template_shows_only_parts():
     assert ChatTemplate("constant", "t", {}).render(messages) == "constant"
 
 
+@pytest.mark.parametrize("continued", [False, True])
+def test_developers_where_the_template_knows_none(continued):
+    said = [("user", "u"), ("system", "s"), ("developer", "d"), ("assistant", "a"), ("developer", "e")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"
+    text = ChatTemplate(source, "x", {}).render(messages, False, continue_final_message=continued)
+    merged = ["system:s\n\nd\n\ne|user:u|assistant:a|", "system:s\n\nd|user:u|assistant:a|system:e"]
+    assert text == merged[continued]
+    # A template that names the role gets it, and without one nothing moves.
+    knowing = ChatTemplate(source + "{% if 0 == 'developer' %}{% endif %}", "x", {})
+    assert "|developer:d|assistant:a|developer:e" in knowing.render(messages, False, continue_final_message=continued)
+    assert ChatTemplate(source, "x", {}).render(messages[:2], False) == "user:u|system:s|"
+
+
 def test_variables():
     source = "{{ bos_token }}{{ enable_thinking }}{{ messages }}{{ range(x) }}"
     template = ChatTemplate(source, "t", {"bos_token": "<s>"})

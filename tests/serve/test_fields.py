@@ -87,7 +87,8 @@ def test_best_of_takes_the_likeliest_per_token(tokenizer):
         entries = [TokenLogprobs([70 + index], [logprob], [1]) for _ in range(count)]
         choice.accept(Output(request_id="r", token_ids=[70 + index] * count, logprobs=entries))
         choices.append(choice)
-    shown = CompletionReply("i", "m", tokenizer, body).whole(choices, {})["choices"]
+    reply = CompletionReply("i", "m", tokenizer, body)
+    shown = [reply.whole(choice) for choice in reply.returned(choices)]
     assert [choice["index"] for choice in shown] == [0, 1, 2, 3]
     drawn = [choice["logprobs"]["tokens"][0] for choice in shown]
     assert drawn == [tokenizer.token(70 + index) for index in (1, 2, 4, 3)]
@@ -216,7 +217,8 @@ def engine_requests(tokenizer_path, tokenizer, policy: str = "fcfs", **fields: A
     )  # fmt: skip
     body = parse(json.dumps(fields).encode(), CompletionBody)
     work = prompting.Prompting(tokenizer, tokenizer_path, Offload())
-    return asyncio.run(work.requests(body, work.token_prompts(body.prompt, body, hello), hello))
+    requests, _ = asyncio.run(work.requests(body, work.token_prompts(body.prompt, body, hello), hello))
+    return requests
 
 
 @pytest.mark.parametrize("field", ["echo", "return_token_ids"])
@@ -225,6 +227,100 @@ def test_a_reply_repeats_a_prompt_only_so_often(tokenizer_path, tokenizer, monke
     assert len(engine_requests(tokenizer_path, tokenizer, prompt=[65] * 5, n=4, **{field: True})) == 1
     with pytest.raises(ApiError, match="the 5 choices would repeat 25 characters and token ids"):
         engine_requests(tokenizer_path, tokenizer, prompt=[65] * 5, n=5, **{field: True})
+
+
+# --- what is forgiven, as vLLM does -----------------------------------------------------------------------------------
+
+
+def test_seed_minus_one_is_none(served):
+    for _ in range(2):
+        ok(served, COMPLETIONS, {"prompt": "hello", "seed": -1})
+    seeds = {request.seed for request in served[1].requests}
+    assert len(seeds) == 2 and -1 not in seeds
+    assert all(request.params.seed is None for request in served[1].requests)
+
+
+def test_whole_floats_are_integers(served):
+    fields = {"max_tokens": 4.0, "top_k": 5.0, "seed": 7.0, "n": 2.0, "stop_token_ids": [5, 6.0], "logprobs": 1.0}
+    reply = ok(served, COMPLETIONS, {"prompt": [65, 66.0], **fields})
+    assert reply["usage"]["completion_tokens"] == 8
+    request = served[1].requests[-1]
+    assert request.prompt_token_ids == [65, 66] and request.seed == 7
+    assert (request.params.max_tokens, request.params.top_k, request.params.stop_token_ids) == (4, 5, [5, 6])
+    ok(served, COMPLETIONS, {"prompt": [[65.0], [66]]})
+    assert [request.prompt_token_ids for request in served[1].requests[-2:]] == [[65], [66]]
+    ok(served, CHAT, {"messages": USER, "max_completion_tokens": 3.0, "best_of": 1.0})
+    assert served[1].requests[-1].params.max_tokens == 3
+
+
+@pytest.mark.parametrize("value", [16.5, "16", True, 2.0**60, [16.0]])
+def test_what_is_no_integer(served, value):
+    refused(served, COMPLETIONS, {"prompt": "a", "max_tokens": value}, "max_tokens", "max_tokens: expected int")
+    for prompt in ([value], [65, value], [[65], [66, value]]):
+        if value not in ("16", [16.0]):
+            refused(served, COMPLETIONS, {"prompt": prompt}, "prompt", "prompt must be a string")
+
+
+@pytest.mark.parametrize("options", [{}, {"include_usage": False, "continuous_usage_stats": None}])
+def test_stream_options_that_ask_for_nothing(served, options):
+    assert ok(served, COMPLETIONS, {"prompt": "hello", "stream_options": options})["object"] == "text_completion"
+    fields = {"prompt": "hello", "stream_options": {**options, "continuous_usage_stats": True}}
+    refused(served, COMPLETIONS, fields, "stream_options", "stream_options.continuous_usage_stats needs stream")
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize"])
+def test_an_empty_model_is_the_one_that_is_served(served, path):
+    body = {"messages": USER, "model": ""} if path == CHAT else {"prompt": "hello", "model": ""}
+    assert ok(served, path, body).get("model", MODEL) == MODEL
+
+
+NEUTRAL: dict[str, Any] = {
+    "vllm_xargs": {}, "mm_processor_kwargs": {}, "kv_transfer_params": {}, "watermarking": False,
+    "return_token_offsets": False, "stream_interval": 1, "truncation_side": "left", "guided_decoding_backend": "auto",
+    "session_id": "conversation 5",
+}  # fmt: skip
+ASKING: dict[str, Any] = {
+    "vllm_xargs": {"a": 1}, "mm_processor_kwargs": {"a": 1}, "kv_transfer_params": {"a": 1}, "watermarking": True,
+    "return_token_offsets": True, "stream_interval": 2, "truncation_side": "right", "guided_decoding_backend": "x",
+    "thinking_token_budget": 5, "logprob_token_ids": [5], "repetition_detection": {"a": 1}, "media_io_kwargs": {"a": 1},
+    "mm_payload": {"a": 1}, "return_mm_kwargs": True, "ec_transfer_params": {"a": 1}, "routed_experts_prompt_start": 0,
+    "guided_whitespace_pattern": " ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_extras_of_vllm_that_ask_for_nothing(served, path):
+    ok(served, path, {**({"prompt": "hello"} if path == COMPLETIONS else {"messages": USER}), "n": 1, **NEUTRAL})
+
+
+@pytest.mark.parametrize("field", ASKING)
+def test_extras_of_vllm_that_are_not_here(served, field):
+    body = {"prompt": "a", field: ASKING[field]}
+    refused(served, COMPLETIONS, body, field, f"{field} is not supported by this server: ")
+
+
+# --- usage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_usage_of_a_chunk_is_its_choices(served, tokenizer, last):
+    served[1].tokens_per_step = 2
+    options = {"continuous_usage_stats": True, "include_usage": last}
+    body = {"prompt": ["hello", "the quick brown fox"], "n": 2, "max_tokens": 6, "stream": True}
+    num_prompt = [len(tokenizer.encode(text)) for text in body["prompt"]]
+    events = ok(served, COMPLETIONS, {**body, "stream_options": options})
+    if last:
+        used = events.pop()["usage"]
+        assert (used["completion_tokens"], used["prompt_tokens"]) == (24, sum(num_prompt))
+    found: dict[int, list[dict[str, Any]]] = {index: [] for index in range(4)}
+    for event in events:
+        [choice] = event["choices"]
+        found[choice["index"]].append(event["usage"])
+    for index, usages in found.items():
+        counts = [used["completion_tokens"] for used in usages]
+        assert counts == sorted(set(counts)) and counts[-1] == 6
+        assert {used["prompt_tokens"] for used in usages} == {num_prompt[index // 2]}
+        assert [used["total_tokens"] for used in usages] == [num_prompt[index // 2] + count for count in counts]
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

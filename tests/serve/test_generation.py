@@ -5,15 +5,17 @@ import json
 import math
 import socket
 
+import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
 
 from infer.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from infer.serve import client, generation
+from infer.serve import client, generation, replies
+from infer.serve.chat_format import ChatFormat
 from infer.serve.client import EngineClient, Job
 from infer.serve.errors import ApiError
-from infer.serve.generation import Generation, reply_whole
+from infer.serve.generation import Generation, reply_stream, reply_whole
 from infer.serve.link import Hello, Outputs
 from infer.serve.offload import Offload
 from infer.serve.render import Choice, Delta, Prompt
@@ -100,32 +102,153 @@ def test_of_tokens_that_look_alike_the_likelier_one_is_shown(tokenizer):
     assert shown["token_logprobs"] == [-3.0] and shown["top_logprobs"] == [{"\ufffd": -0.5}]
 
 
-class LargeReply:
-    """Stands for a Reply whose JSON has 16 MB."""
+class ThinkingBody(CompletionBody):
+    counts_reasoning = True
 
-    def num_logprobs(self, choice, logprobs):
-        return 0
 
-    def whole(self, choices, used):
+class ThinkingReply(CompletionReply):
+    """Stands for a reply that finds, as it renders, that all tokens so far were reasoning."""
+
+    def _choice(self, choice, delta):
+        choice.num_reasoning_tokens = choice.stream.num_tokens
+        return super()._choice(choice, delta)
+
+
+def test_the_usage_counts_what_was_rendered(tokenizer):
+    async def run(kind):
+        engine = EngineClient("m")
+        engine.hello = HELLO
+        body = body_of(kind, prompt=[65, 66], stream=True, stream_options={"continuous_usage_stats": True})
+        request = Request(request_id="r", prompt_token_ids=[65, 66], params=SamplingParams(n=2), seed=1)
+        work = Generation(engine, body, [Prompt([65, 66])], [request], tokenizer, None)
+        for index, count in ((0, 3), (1, 4)):
+            engine._receive(Outputs(items=[Output(request_id="r", index=index, token_ids=[65] * count)]))
+        reply = ThinkingReply("i", "m", tokenizer, body)
+        data = await generation._render_events(body, work, reply, Offload(), await work.step())
+        chunks = [json.loads(event.removeprefix("data: ")) for event in data.decode().split("\n\n")[:-1]]
+        return [chunk["usage"].get("completion_tokens_details") for chunk in chunks], work.usage()
+
+    of_chunks, used = asyncio.run(run(ThinkingBody))
+    assert of_chunks == [{"reasoning_tokens": 3}, {"reasoning_tokens": 4}]
+    assert used["completion_tokens_details"] == {"reasoning_tokens": 7} and used["completion_tokens"] == 7
+    msgspec.convert(used, replies.Usage)
+    of_chunks, used = asyncio.run(run(CompletionBody))
+    assert of_chunks == [None, None] and "completion_tokens_details" not in used
+
+
+def test_what_one_frame_brings_comes_once_and_whole(tokenizer):
+    """All outputs of all choices at once: each choice has one chunk, which ends it, and nothing comes after."""
+    text = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>"
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+
+    async def run():
+        engine = EngineClient("m")
+        engine.hello = HELLO
+        body = body_of(
+            ChatBody, messages=[{"role": "user", "content": "x"}], n=16, stream=True,
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )  # fmt: skip
+        body.prepare(ChatFormat(tokenizer, enable_auto_tool_choice=True, tool_call_parser="hermes"))
+        request = Request(request_id="r", prompt_token_ids=[65], params=SamplingParams(n=16), seed=1)
+        work = Generation(engine, body, [Prompt([65])], [request], tokenizer, None)
+        items = [
+            Output(request_id="r", index=index, token_ids=[token_id]) for token_id in token_ids for index in range(16)
+        ]
+        ends = [Output(request_id="r", index=i, token_ids=[2], finish_reason=FinishReason.STOP) for i in range(16)]
+        engine._receive(Outputs(items=items + ends))
+        reply = ChatReply("i", "m", tokenizer, body)
+        data = await generation._render_events(body, work, reply, Offload(), await work.step())
+        return [json.loads(event.removeprefix("data: ")) for event in data.decode().split("\n\n")[:-1]]
+
+    choices = [chunk["choices"][0] for chunk in asyncio.run(run())]
+    assert [choice["index"] for choice in choices] == [*range(16)]
+    assert {choice["finish_reason"] for choice in choices} == {"tool_calls"}
+    calls = [call["function"] for choice in choices for call in choice["delta"]["tool_calls"]]
+    assert calls == [{"name": "f", "arguments": '{"a": 1}'}] * 16
+
+
+class FailingReply(CompletionReply):
+    """Has a defect that shows in the chunk number `fails_at`."""
+
+    fails_at = 1
+
+    def chunk_choice(self, choice, delta):
+        if choice.num_chunks == self.fails_at:
+            raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+        return super().chunk_choice(choice, delta)
+
+
+class EndlessGeneration:
+    """Stands for a Generation that has more to say at every step."""
+
+    def __init__(self, tokenizer):
+        self.done = False
+        self.job = Job([one_request()], None)
+        self._choice = Choice(0, Prompt([65]), one_request(), tokenizer)
+
+    async def step(self):
+        return [(self._choice, Delta("a"))]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_a_defect_inside_a_stream_is_told(tokenizer, caplog, fails_at):
+    async def handle(request: web.Request) -> web.StreamResponse:
+        body = body_of(CompletionBody, prompt="x", stream=True)
+        reply = FailingReply("i", "m", tokenizer, body)
+        reply.fails_at = fails_at
+        return await reply_stream(request, body, EndlessGeneration(tokenizer), reply, Offload())
+
+    async def run() -> tuple[int, str]:
+        app = web.Application()
+        app.router.add_get("/", handle)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port = runner.addresses[0][1]
+        async with (
+            asyncio.timeout(10), aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/") as reply
+        ):  # fmt: skip
+            said = reply.status, await reply.text()
+        await runner.cleanup()
+        return said
+
+    status, text = asyncio.run(run())
+    if fails_at == 0:
+        assert status == 500  # no stream yet: errors_as_json tells it
+        return
+    first, error, done = text.split("\n\n")[:-1]
+    assert status == 200 and json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "a"
+    assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert done == "data: [DONE]"
+    assert "surrogates not allowed" in caplog.text
+
+
+class LargeReply(CompletionReply):
+    """The JSON of its choices has 16 MB."""
+
+    def whole_choice(self, choice):
         return {"text": "x" * (16 << 20)}
 
 
 class DoneGeneration:
     done = True
-    choices = ()
+
+    def __init__(self, tokenizer):
+        self.choices = [Choice(0, Prompt([65]), one_request(), tokenizer)]
 
     def usage(self):
         return {}
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_a_whole_reply_does_not_wait_for_ever(monkeypatch, reads):
+def test_a_whole_reply_does_not_wait_for_ever(monkeypatch, tokenizer, reads):
     monkeypatch.setattr(generation, "WRITE_TIMEOUT_S", 0.5)
     ends: list[BaseException | None] = []
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
-            response = await reply_whole(request, DoneGeneration(), LargeReply(), Offload())
+            reply = LargeReply("i", "m", tokenizer, body_of(CompletionBody, prompt="x"))
+            response = await reply_whole(request, DoneGeneration(tokenizer), reply, Offload())
             ends.append(None)
             return response
         except ConnectionError as error:

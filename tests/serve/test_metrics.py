@@ -1,4 +1,4 @@
-"""Metrics: names and types as vLLM has them, what is observed when, counters over restarts, and the dashboard."""
+"""Metrics: names and types as vLLM has them, what is observed when, counters over restarts, list and dashboard."""
 
 import asyncio
 import json
@@ -16,13 +16,14 @@ from worlds import ROOT
 
 from infer.request import FinishReason, Output, Request, SamplingParams
 from infer.serve.app import errors_as_json
-from infer.serve.errors import bad_request
+from infer.serve.errors import ApiError, bad_request
 from infer.serve.link import EngineStats, Hello
 from infer.serve.loop_lag import LoopLag
 from infer.serve.metrics import Metrics, http_metrics
 from infer.serve.text import Tokenizer
 
 DASHBOARD = ROOT / "configs" / "grafana-dashboard.json"
+DOCUMENT = ROOT / "docs" / "server.md"
 HELLO = Hello(
     generation=0, model_name="tiny", max_model_len=64, vocab_size=9, eos_token_ids=[2], num_kv_blocks=40, block_size=16
 )
@@ -31,8 +32,11 @@ VLLM = {
     "num_requests_running": ("gauge", ()),
     "num_requests_waiting": ("gauge", ()),
     "kv_cache_usage_perc": ("gauge", ()),
-    "cache_config_info": ("gauge", ("num_gpu_blocks", "block_size")),
+    "cache_config_info": (
+        "gauge", ("num_gpu_blocks", "block_size", "kv_cache_size_tokens", "kv_cache_max_concurrency"),
+    ),
     "prompt_tokens_total": ("counter", ()),
+    "prompt_tokens_cached_total": ("counter", ()),
     "generation_tokens_total": ("counter", ()),
     "request_success_total": ("counter", ("finished_reason",)),
     "num_preemptions_total": ("counter", ()),
@@ -44,10 +48,21 @@ VLLM = {
         "e2e_request_latency_seconds", "request_queue_time_seconds", "request_inference_time_seconds",
         "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
         "request_generation_tokens", "request_max_num_generation_tokens", "request_params_n",
-        "request_params_max_tokens", "iteration_tokens_total",
+        "request_params_max_tokens", "request_prefill_kv_computed_tokens", "iteration_tokens_total",
     ),
     ("histogram", ()),
 )  # fmt: skip
+# name -> type and labels, whatever the prefix.
+HTTP = {
+    "http_requests_total": ("counter", ("method", "status", "handler")),
+    "http_request_duration_seconds": ("histogram", ("method", "handler")),
+    "http_request_duration_highr_seconds": ("histogram", ()),
+    "http_request_size_bytes": ("summary", ("handler",)),
+    "http_response_size_bytes": ("summary", ("handler",)),
+    "process_cpu_seconds_total": ("counter", ()),
+    "process_resident_memory_bytes": ("gauge", ()),
+    "process_open_fds": ("gauge", ()),
+}
 
 
 class Clock:
@@ -105,33 +120,45 @@ def used(metrics: Metrics) -> Metrics:
     metrics.engine_started(HELLO)
     metrics.engine_stats(stats(iteration_tokens=[3]))
     metrics.watch_loop(LoopLag())
-    metrics.observe_http("POST", "/v1/completions", 500, 1.0)
+    metrics.observe_http("POST", "/v1/completions", 500, 1.0, 20, 30)
     return metrics
+
+
+def labels_of(metrics: Metrics) -> dict[str, set[str]]:
+    """Metric name -> its labels."""
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            name = re.sub(r"_(bucket|sum|count)$", "", sample.name)
+            labels.setdefault(name, set()).update(sample.labels.keys() - {"le"})
+    return labels
 
 
 def test_names_types_and_labels_are_vllms() -> None:
     metrics = used(Metrics("tiny", "vllm:"))
     types = exported(metrics)
     assert {"vllm:" + name: kind for name, (kind, _) in VLLM.items()}.items() <= types.items()
-    assert types["http_requests_total"] == "counter" and types["http_request_duration_seconds"] == "histogram"
+    assert {name: kind for name, (kind, _) in HTTP.items()}.items() <= types.items()
     assert not [name for name in types if name.endswith("_created")]
-    labels: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(metrics.render().decode()):
-        for sample in family.samples:
-            name = re.sub(r"_(bucket|sum|count)$", "", sample.name)
-            labels.setdefault(name, set()).update(sample.labels.keys() - {"le"})
-            if name.startswith("vllm:"):
-                assert sample.labels["model_name"] == "tiny" and sample.labels["engine"] == "0", sample
+    labels = labels_of(metrics)
     for name, (_, own) in VLLM.items():
         assert labels["vllm:" + name] == {"model_name", "engine", *own}, name
+    for name, (_, own) in HTTP.items():
+        assert labels[name] == set(own), name
+    assert types["vllm:admission_rejections_total"] == "counter"
+    assert labels["vllm:admission_rejections_total"] == {"model_name", "reason"}, "no engine saw them"
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            assert sample.labels.get("model_name", "tiny") == "tiny" and sample.labels.get("engine", "0") == "0", sample
 
 
 def test_the_times_of_a_request(clock: Clock) -> None:
     metrics = Metrics("tiny")
     metrics.request_started(request())
     clock.now += 2.0
-    metrics.output(Output(request_id="a", token_ids=[1], queue_seconds=0.5))
+    metrics.output(Output(request_id="a", token_ids=[1], queue_seconds=0.5, num_cached_tokens=4))
     assert value(metrics, "prompt_tokens_total") == 5 and value(metrics, "generation_tokens_total") == 1
+    assert value(metrics, "prompt_tokens_cached_total") == 4
     for wait in (0.25, 0.75):
         clock.now += wait
         metrics.output(Output(request_id="a", token_ids=[1]))
@@ -142,8 +169,8 @@ def test_the_times_of_a_request(clock: Clock) -> None:
         "time_to_first_token_seconds": 2.0, "inter_token_latency_seconds": 1.0, "e2e_request_latency_seconds": 3.0,
         "request_queue_time_seconds": 0.5, "request_prefill_time_seconds": 1.5, "request_decode_time_seconds": 1.0,
         "request_inference_time_seconds": 2.5, "request_time_per_output_token_seconds": 0.5,
-        "request_prompt_tokens": 5, "request_generation_tokens": 3, "request_max_num_generation_tokens": 3,
-        "request_params_n": 1, "request_params_max_tokens": 9,
+        "request_prompt_tokens": 5, "request_prefill_kv_computed_tokens": 1, "request_generation_tokens": 3,
+        "request_max_num_generation_tokens": 3, "request_params_n": 1, "request_params_max_tokens": 9,
     }  # fmt: skip
     found = samples(metrics)
     for name, total in expected.items():
@@ -193,7 +220,8 @@ def test_the_engine_s_figures(clock: Clock) -> None:
     clock.now += 2.0
     assert value(metrics, "num_requests_running") == 3 and value(metrics, "num_requests_waiting") == 2
     assert value(metrics, "kv_cache_usage_perc") == 0.25
-    assert value(metrics, "cache_config_info", num_gpu_blocks="40", block_size="16") == 1
+    sizes = {"num_gpu_blocks": "40", "block_size": "16", "kv_cache_size_tokens": "640"}
+    assert value(metrics, "cache_config_info", **sizes, kv_cache_max_concurrency="10.00") == 1
     ages = [value(metrics, "heartbeat_age_seconds", rank=rank) for rank in "01"]
     assert ages == [pytest.approx(2.0), pytest.approx(2.5)], "they grow while nothing is heard"
     steps = {bound: value(metrics, "iteration_tokens_total_bucket", le=bound) for bound in ("8.0", "16.0", "+Inf")}
@@ -278,6 +306,54 @@ def test_http_labels_are_bounded() -> None:
     assert value(metrics, "http_errors_total", status="405", handler="none") == 1
 
 
+def test_who_watches_the_server_is_not_counted() -> None:
+    metrics, quiet = Metrics("tiny"), ("health", "load", "metrics", "openapi.json", "ping", "ready", "version")
+    for path in quiet:
+        metrics.observe_http("GET", f"/{path}", 503, 1.0, 0, 9)
+        metrics.observe_http("GET", f"/under/root/{path}", 200, 1.0, 0, 9)
+    found = samples(metrics)
+    assert not [name for name in found if "handler" in name], "neither as a request nor as an error"
+    assert found["http_request_duration_highr_seconds_count"] == 0
+
+
+def test_sizes_and_refusals_of_http() -> None:
+    async def run() -> Metrics:
+        metrics = Metrics("tiny")
+
+        async def echo(request: web.Request) -> web.Response:
+            return web.Response(body=await request.read())
+
+        async def stream(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            for _ in range(3):
+                await response.write(b"x" * 1000)
+            await response.write_eof()
+            return response
+
+        async def full(request: web.Request) -> web.Response:
+            raise ApiError(429, "the queue is full")
+
+        app = web.Application(middlewares=[http_metrics(metrics), errors_as_json])
+        for path, handler in (("/echo", echo), ("/stream", stream), ("/full", full)):
+            app.router.add_post(path, handler)
+        async with TestClient(TestServer(app)) as client:
+            await client.post("/echo", data=b"y" * 5000)
+            await client.post("/echo", data=b"y" * 2000)
+            await (await client.post("/stream")).read()
+            await client.post("/full")
+        return metrics
+
+    found = samples(asyncio.run(run()))
+    assert found["infer:admission_rejections_total[('reason', 'max_num_queued_reqs')]"] == 1
+    assert found["http_request_duration_highr_seconds_count"] == 4
+    for name in ("request", "response"):
+        assert found[f"http_{name}_size_bytes_sum[('handler', '/echo')]"] == 7000, name
+        assert found[f"http_{name}_size_bytes_count[('handler', '/echo')]"] == 2, name
+    assert found["http_request_size_bytes_sum[('handler', '/stream')]"] == 0
+    assert 3000 <= found["http_response_size_bytes_sum[('handler', '/stream')]"] < 4000
+
+
 def test_lag_of_the_event_loop() -> None:
     async def run() -> Metrics:
         metrics, lag = Metrics("tiny"), LoopLag()
@@ -321,7 +397,8 @@ def test_a_server_counts_what_it_does(served: tuple[str, FakeEngine], tokenizer:
     grown = {name: after[name] - before.get(name, 0) for name in after}
     handler = "('handler', '/v1/completions'), "
     expected = {
-        "infer:prompt_tokens_total": 2 * len(prompt), "infer:generation_tokens_total": 6,
+        "infer:prompt_tokens_total": 2 * len(prompt), "infer:prompt_tokens_cached_total": 2,
+        "infer:generation_tokens_total": 6,
         "infer:request_success_total[('finished_reason', 'length')]": 2,
         "infer:request_success_total[('finished_reason', 'abort')]": 0, "infer:request_params_n_sum": 2,
         "infer:time_to_first_token_seconds_count": 2, "infer:inter_token_latency_seconds_count": 4,
@@ -330,6 +407,26 @@ def test_a_server_counts_what_it_does(served: tuple[str, FakeEngine], tokenizer:
         f"infer:http_errors_total[{handler}('status', '400')]": 1,
     }  # fmt: skip
     assert {name: grown[name] for name in expected} == expected
+    assert after["process_resident_memory_bytes"] > 1 << 20
+    assert not [name for name in after if "'/metrics'" in name], "a scrape does not count itself"
+
+
+def listed(section: str) -> Iterator[tuple[str, str, set[str]]]:
+    """Name, type and labels of each row of a table about metrics."""
+    for names, kind, labels in re.findall(r"^\| (`.+?) \| (\w+) \| (.*?) ?\|", section, re.MULTILINE):
+        for name in re.findall(r"`(.+?)`", names):
+            yield name, kind, set(re.findall(r"`(.+?)`", labels))
+
+
+def test_the_document_lists_exactly_what_is_exported() -> None:
+    _, _, section = DOCUMENT.read_text().partition("\n## Metrics\n")
+    section = section.partition("\n## ")[0]
+    of_the_model, _, others = section.partition("\n### HTTP and the process\n")
+    found = {name: (kind, labels | {"model_name", "engine"}) for name, kind, labels in listed(of_the_model)}
+    found |= {name: (kind, labels) for name, kind, labels in listed(others)}
+    metrics = used(Metrics("tiny"))
+    labels = labels_of(metrics)
+    assert found == {name: (kind, labels[name]) for name, kind in exported(metrics).items()}
 
 
 def expressions(panels: list[dict]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from infer.serve.app import ServerRoutes, make_app
 from infer.serve.chat_format import shown_call
 from infer.serve.client import EngineClient
 from infer.serve.link import FrontendConfig
+from infer.serve.messages import IGNORED_INSIDE
 from infer.serve.metrics import Metrics
 from infer.serve.openapi import OPERATIONS, document
 from infer.serve.openapi_requests import BODIES
@@ -119,10 +120,15 @@ def test_every_field_of_a_body_is_in_it(told: dict[str, Any], kind: type[msgspec
 
 def test_what_clients_read_from_it(told: dict[str, Any]) -> None:
     body = told["components"]["schemas"]["CompletionBody"]["properties"]
-    assert body["model"]["anyOf"][0]["enum"] == [MODEL]
+    assert body["model"]["anyOf"][0]["enum"] == [MODEL, ""]
     assert {"type": "integer", "minimum": 0, "maximum": 20} in body["logprobs"]["anyOf"]
     assert {"type": "number", "exclusiveMinimum": 0, "maximum": 1} in body["top_p"]["anyOf"]
+    assert "-1: none" in json.dumps(body["seed"])
+    assert body["stream_interval"]["enum"] == [1, None] and body["vllm_xargs"]["enum"] == [{}, None]
     assert body["store"]["enum"] == [False, None] and "nothing is stored" in body["store"]["description"]
+    messages = told["components"]["schemas"]["ChatBody"]["properties"]["messages"]
+    for message in messages["items"]["anyOf"]:
+        assert message["properties"].keys() > IGNORED_INSIDE
     stream = told["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"]
     end, chunk = stream["schema"]["properties"]["data"]["anyOf"]
     assert end["const"] == "[DONE]" and {"$ref": SCHEMAS + "CompletionChunk"} in chunk["contentSchema"]["anyOf"]

@@ -96,6 +96,8 @@ def test_added_tokens(tmp_path):
     assert tokenizer.decode([1, *hello, 420, 2]) == "hello<|tool|>"
     assert tokenizer.decode([1, *hello, 2], skip_special_tokens=False) == "<s> hello</s>"
     assert [tokenizer.token(i) for i in (1, 420, 999)] == ["<s>", "<|tool|>", ""]
+    pieces = [*map(tokenizer.vocabulary.piece, (1, 420, 999, world[0], own.piece_to_id("<0x0A>")))]
+    assert pieces == ["<s>", "<|tool|>", "", own.id_to_piece(world[0]), "<0x0A>"]
 
 
 def test_the_longest_added_token_is_found():

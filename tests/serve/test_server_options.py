@@ -535,7 +535,10 @@ def test_health_names_the_silent_rank(monkeypatch):
 
 
 def test_the_log_of_requests_tells_nothing_of_them(caplog):
-    params = SamplingParams(stop=["secret"], temperature=0.5, logit_bias=dict.fromkeys(range(500), 1.0))
+    params = SamplingParams(
+        stop=["secret"], temperature=0.5, logit_bias=dict.fromkeys(range(500), 1.0), allowed_token_ids=[*range(9)],
+        stop_token_ids=[*range(8)],
+    )  # fmt: skip
     requests = [
         Request(request_id=name, prompt_token_ids=[7, 8, 9], params=params, seed=0) for name in ("a", "b")
     ]  # fmt: skip
@@ -546,6 +549,8 @@ def test_the_log_of_requests_tells_nothing_of_them(caplog):
     assert line.startswith("Request cmpl-1: /v1/completions, prompt tokens: 6 (in 2 prompts), params: ")
     assert "temperature=0.5" in line and "stop=..." in line and "secret" not in line and len(line) < 600
     assert "top_p" not in line
+    assert "logit_bias=(500 entries)" in line and "allowed_token_ids=(9 entries)" in line
+    assert "stop_token_ids=[0, 1, 2, 3, 4, 5, 6, 7]" in line
 
 
 def test_loop_lag_sees_what_holds_the_loop_up():

@@ -95,6 +95,7 @@ def test_first_word_keeps_its_space_after_a_prompt(fallback):
     assert stream_text(fallback, ids, prompt=prompt)[0].text == " world the"
     assert stream_text(fallback, ids)[0].text == "world the"
     assert fallback.token(ids[0]) == " world" and fallback.token_bytes(3 + 0xE4) == b"\xe4"
+    assert [*map(fallback.vocabulary.piece, (ids[0], 3 + 0xE4, 1, 999))] == ["▁world", "<0xE4>", "<s>", ""]
 
 
 def test_garbage_bytes_do_not_pile_up(fallback, windowed):
@@ -386,6 +387,8 @@ def test_transformers_agrees(tokenizer_path, tokenizer):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
     for text in ("hello world", EMOJI, " <|im_end|> x <tool call>", ""):
         assert tokenizer.encode(text) == theirs.encode(text)
+    ids = [*range(tokenizer.vocab_size)]
+    assert [*map(tokenizer.vocabulary.piece, ids)] == theirs.convert_ids_to_tokens(ids)
     messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "yes"}]
     for kwargs in ({"add_generation_prompt": True}, {"add_generation_prompt": False, "continue_final_message": True}):
         ours = tokenizer.apply_chat_template(messages, **kwargs)

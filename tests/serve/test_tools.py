@@ -185,6 +185,13 @@ def test_damaged_calls_never_fail_and_lose_no_word(name):
             assert "Zebra" in json.dumps(whole), damaged
 
 
+def test_forced_calls_have_ids_of_the_models_format():
+    for parser in (RequiredParser(make_id=PARSERS["mistral"].new_id), NamedParser("f", PARSERS["mistral"].new_id)):
+        [call, *_] = parser.feed('[{"name": "f", "parameters": {}}]')
+        assert len(call.id) == 9 and call.id.isalnum()
+    assert RequiredParser().feed('[{"name": "f", "parameters": {}}]')[0].id.startswith("call_")
+
+
 def test_nothing_waits_longer_than_it_must():
     parser = make_parser("hermes", TOOLS)
     assert parser.feed("Hello <") == [ContentDelta("Hello ")]

@@ -1,11 +1,12 @@
 """What every tool-call parser is: text in pieces goes in, content and calls in pieces come out. No torch here."""
 
+import itertools
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from infer.serve.tools.source import END, Reading, Source
+from infer.serve.tools.source import Markers, Reading, Source
 
 
 @dataclass
@@ -37,19 +38,25 @@ class ToolParser:
     as the model wrote them. White space around calls is left out; so is what a call's object holds beside name and
     arguments. A name that no tool has is passed on, as in vLLM: the client answers it with an error the model can read.
 
-    tools: the request's, for formats whose arguments are typed by a schema. markers: texts that only steer parsing; a
-    tokenizer may have them as special tokens, which the text must then still contain.
+    tools: the request's, for formats whose arguments are typed by a schema. make_id: of each call; the format's own
+    unless given. markers: texts that only steer parsing; a tokenizer may have them as special tokens, which the text
+    must then still contain. opening: the marker that every call, or the first of several, begins with; None: calls may
+    come without any. needs_special_opening: models leave it out, unless it is one token to them.
     """
 
     markers: ClassVar[tuple[str, ...]] = ()
+    opening: ClassVar[str | None] = None
+    needs_special_opening: ClassVar[bool] = False
 
-    def __init__(self, tools: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, tools: Sequence[dict[str, Any]] = (), make_id: Callable[[], str] | None = None) -> None:
         self.num_calls = 0
+        self.is_whole = False  # the last call; what the model still writes is not its
         self._tools = tools
+        self._make_id = make_id or self.new_id
         self._source = Source()
         self._deltas: list[ContentDelta | ToolDelta] = []
         self._space = ""  # read, and content only if content follows
-        self._has_content = False
+        self._is_fresh = True  # no content came yet, or none since the last call
         self._line_is_blank = True  # no content on this line, or none since the last call
         self._reading = self._read()
 
@@ -72,78 +79,61 @@ class ToolParser:
         """Reads all of the text."""
         raise NotImplementedError
 
-    def _new_id(self) -> str:
+    @staticmethod
+    def new_id() -> str:
+        """An id as this format's chat templates take it."""
         return "call_" + secrets.token_hex(12)
 
     def _take(self) -> list[ContentDelta | ToolDelta]:
         """What came since the last time; neighbours of the same kind are one."""
+        taken, self._deltas = self._deltas, []
+        if len(taken) < 2:
+            return taken
         merged: list[ContentDelta | ToolDelta] = []
-        pieces: list[str] = []
-        for delta in [*self._deltas, None]:
-            last = merged[-1] if merged else None
-            if isinstance(delta, ToolDelta) and isinstance(last, ToolDelta) and delta.index == last.index:
-                pieces.append(delta.arguments)
-                continue
-            if isinstance(last, ToolDelta) and len(pieces) > 1:
-                last.arguments = "".join(pieces)
-            if delta is not None:
-                merged.append(delta)
-                pieces = [delta.arguments] if isinstance(delta, ToolDelta) else []
-        self._deltas = []
+        for _, deltas in itertools.groupby(taken, lambda delta: getattr(delta, "index", None)):
+            first, *more = deltas
+            if isinstance(first, ContentDelta):
+                first.text += "".join(delta.text for delta in more if isinstance(delta, ContentDelta))
+            else:
+                first.arguments += "".join(delta.arguments for delta in more if isinstance(delta, ToolDelta))
+            merged.append(first)
         return merged
 
     def _content(self, text: str) -> None:
         text, self._space = self._space + text, ""
         if text:
-            self._has_content = True
+            self._is_fresh = False
             *earlier, tail = text.rsplit("\n", 1)
             self._line_is_blank = (self._line_is_blank or bool(earlier)) and (not tail or tail.isspace())
-            last = self._deltas[-1] if self._deltas else None
-            if isinstance(last, ContentDelta):
-                last.text += text
-            else:
-                self._deltas.append(ContentDelta(text))
+            self._deltas.append(ContentDelta(text))
+
+    def _leave_out(self) -> None:
+        """What was read since the mark, and white space before it, is a call's and not content."""
+        self._source.unmark()
+        self._space, self._is_fresh = "", True
 
     def _begin_call(self, name: str) -> None:
-        self._space, self._line_is_blank = "", True
-        self._source.unmark()  # nothing of it can be content any more
-        self._deltas.append(ToolDelta(self.num_calls, id=self._new_id(), name=name))
+        self._leave_out()
+        self._line_is_blank, self.is_whole = True, False
+        self._deltas.append(ToolDelta(self.num_calls, id=self._make_id(), name=name))
         self.num_calls += 1
 
     def _arguments(self, text: str) -> None:
         if text:
             self._deltas.append(ToolDelta(self.num_calls - 1, text))
 
-    def _until(
-        self, markers: Sequence[str], emit: Callable[[str], None] | None = None, hold_space: bool = True
-    ) -> Reading[str | None]:
+    def _until(self, markers: Markers, emit: Callable[[str], None] | None = None) -> Reading[str | None]:
         """Passes text on until one of the markers; returns it, read and marked, or None where the text ends.
 
-        emit: takes the text; content by default. No marker may be the beginning of another.
+        emit: takes the text; content by default.
         """
-        if emit is None:
-            emit = self._content
-            if hold_space and (self.num_calls or not self._has_content):
-                self._space += yield from self._source.space()
-        firsts = "".join({marker[0] for marker in markers})
-        while True:
-            if text := self._source.until(firsts):
-                emit(text)
+        if emit is None and self._is_fresh:
+            self._space += yield from self._source.space()
+        marker = yield from self._source.until(markers, emit or self._content, lambda: self._line_is_blank)
+        if marker is not None:
             self._source.mark()
-            held = yield from self._source.next()
-            if held == END:
-                self._source.unmark()
-                return None
-            while held not in markers and any(marker.startswith(held) for marker in markers):
-                char = yield from self._source.next()
-                held += char
-                if char == END:
-                    break
-            if held in markers:
-                return held
-            self._source.back(len(held) - 1)
-            self._source.unmark()
-            emit(held[0])
+            self._source.read(len(marker))
+        return marker
 
     def _give_up(self) -> None:
         """What was read since the mark is no call but content."""

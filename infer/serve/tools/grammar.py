@@ -6,6 +6,8 @@ from typing import Any
 MAX_SCHEMA_DEPTH = 64
 # Keys of a schema whose values are no schemas: a "$ref" in there is the value's own.
 _VALUES = frozenset({"const", "enum", "default", "examples"})
+# Keys whose values are schemas by name: no such name means anything here.
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 _SHAPES = ("type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 _OPEN_ENDED = ("additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "anyOf", "oneOf", "allOf")
 
@@ -58,12 +60,14 @@ def _moved(schema: Any, root: str, depth: int) -> Any:
         return [_moved(item, root, depth + 1) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {}
+    moved: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "$ref" and isinstance(value, str) and value.startswith("#"):
             moved[key] = root + value[1:]
         elif key in ("$id", "$schema") and depth == 0:
             continue  # it would be the base that references start from
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            moved[key] = {name: _moved(item, root, depth + 2) for name, item in value.items()}
         else:
             moved[key] = value if key in _VALUES else _moved(value, root, depth + 1)
     return moved

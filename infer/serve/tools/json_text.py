@@ -3,32 +3,57 @@
 import enum
 import json
 import re
-from collections.abc import Sequence
 from typing import ClassVar
 
 from infer.serve.tools.base import ToolParser
-from infer.serve.tools.source import END, Reading
+from infer.serve.tools.source import END, Markers, Reading
 
 MAX_DEPTH = 200  # of brackets; what clients read JSON with gives up at some depth as well
-_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _WORD = re.compile(r"[\w.+-]*")
-NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_WHITE = " \t\n\r"
+NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+")
+# What follows the marker of a call whose object may still come, and the bracket of one that may still have a name.
+BEFORE_KEY = r'(?!\s*+[^\s"])'
+BEFORE_CALL = r'(?!\s*+(?:[^\s{]|\{\s*+[^\s"]))'
+_KEY = re.compile(r'\s*+"([^"\\\x00-\x1f]*+)"\s*+:\s*+(?=\S)')  # one that is plain
+_STRING = re.compile(r'"([^"\\\x00-\x1f]*+)"')
+
+# Whole pieces of JSON, each of them read by one regular expression. Nothing is given back once it matched: the time is
+# linear, and what does not match is left for the scanner, which goes by single characters.
+_SPACE = r"[ \t\n\r]*+"
+_IN_STRING = r'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+'
+_KEY_COLON = rf'"{_IN_STRING}"{_SPACE}:{_SPACE}'
+_FLAT = rf'(?:"{_IN_STRING}"|{NUMBER.pattern}|true|false|null|\[{_SPACE}\]|\{{{_SPACE}\}})'
+_NESTED = 2  # levels of brackets in a value that one expression reads
 
 
-class _Expect(enum.Enum):
+def _value_pattern(levels: int) -> str:
+    """A value of at most so many levels of brackets, but for empty ones inside."""
+    if levels == 0:
+        return _FLAT
+    inner = _value_pattern(levels - 1)
+    items, members = (f"(?:{one}{_SPACE},{_SPACE})*+{one}{_SPACE}" for one in (inner, _KEY_COLON + inner))
+    return rf"(?:{_FLAT}|\[{_SPACE}{items}\]|\{{{_SPACE}{members}\}})"
+
+
+class _Expect:
     """What comes next."""
 
-    VALUE = enum.auto()
-    VALUE_OR_END = enum.auto()  # after "["
-    KEY = enum.auto()
-    KEY_OR_END = enum.auto()  # after "{"
-    COLON = enum.auto()
-    COMMA_OR_END = enum.auto()
-    IN_STRING = enum.auto()
-    ESCAPED = enum.auto()
-    HEX = enum.auto()
-    IN_WORD = enum.auto()  # a number, true, false or null
+    VALUE = 0
+    VALUE_OR_END = 1  # after "["
+    KEY = 2
+    KEY_OR_END = 3  # after "{"
+    COLON = 4
+    COMMA_OR_END = 5
+    IN_STRING = 6
+    ESCAPED = 7
+    HEX = 8
+    IN_WORD = 9  # a number, true, false or null
+
+
+_WHITE = re.compile(_SPACE)
+_STRING_RUN = re.compile(_IN_STRING)
+_ITEMS = re.compile(rf"(?:{_SPACE}{_value_pattern(_NESTED)}{_SPACE},)*+{_SPACE}")
+_MEMBERS = re.compile(rf"(?:{_SPACE}{_KEY_COLON}{_value_pattern(_NESTED)}{_SPACE},)*+{_SPACE}")
 
 
 class JsonScanner:
@@ -45,25 +70,42 @@ class JsonScanner:
         self._stack: list[str] = []
         self._is_key = False
         self._num_hex = 0
-        self._word = ""
+        self._word: list[str] = []
 
     def scan(self, text: str) -> int:
         """Takes more text; returns how many of its characters belong to the value."""
         at = 0
         while at < len(text) and not (self.done or self.broken):
-            if self._expect is _Expect.IN_STRING:
-                at = _match_end(_PLAIN, text, at)
+            if self._expect == _Expect.IN_STRING:
+                at = _match_end(_STRING_RUN, text, at)
                 if at < len(text):
                     at += self._end_run(text[at])
-            elif self._expect is _Expect.IN_WORD:
+            elif self._expect == _Expect.IN_WORD:
                 end = _match_end(_WORD, text, at)
-                self._word += text[at:end]
+                self._word.append(text[at:end])
                 at = end
                 if at < len(text):
                     self._end_word()
             else:
-                at += self._step(text[at])
+                if self._expect < _Expect.ESCAPED:
+                    at = self._run(text, at)
+                if at < len(text):
+                    at += self._step(text[at])
         return at
+
+    def _run(self, text: str, at: int) -> int:
+        """Where the white space ends, and the members of the innermost array or object that are whole."""
+        expect, pattern = self._expect, _WHITE
+        in_array = bool(self._stack) and self._stack[-1] == "]"
+        if len(self._stack) + _NESTED < MAX_DEPTH:
+            if expect in (_Expect.KEY, _Expect.KEY_OR_END):
+                pattern = _MEMBERS
+            elif expect == _Expect.VALUE_OR_END or (expect == _Expect.VALUE and in_array):
+                pattern = _ITEMS
+        end = _match_end(pattern, text, at)
+        if pattern is not _WHITE and "," in text[at:end]:
+            self._expect = _Expect.VALUE if in_array else _Expect.KEY
+        return end
 
     def _end_run(self, char: str) -> bool:
         """A string's run of plain characters ends at this one. Returns whether it belongs to the value."""
@@ -76,40 +118,39 @@ class JsonScanner:
         return not self.broken
 
     def _end_word(self) -> None:
-        if self._word not in ("true", "false", "null") and not NUMBER.fullmatch(self._word):
+        word = "".join(self._word)
+        if word not in ("true", "false", "null") and not NUMBER.fullmatch(word):
             self.broken = True
         self._expect = self._after_value()
 
-    def _after_value(self) -> _Expect:
+    def _after_value(self) -> int:
         self.done = not self._stack and not self.broken
         return _Expect.COMMA_OR_END
 
     def _step(self, char: str) -> bool:
-        """Takes a character outside of strings' runs and words. Returns whether it belongs to the value."""
+        """Takes a character outside of strings' runs, words and white space. Returns whether it is the value's."""
         expect = self._expect
-        if expect is _Expect.ESCAPED:
+        if expect == _Expect.ESCAPED:
             self._num_hex = 4 if char == "u" else 0
             self._expect = _Expect.HEX if char == "u" else _Expect.IN_STRING
             self.broken = char not in '"\\/bfnrtu'
-        elif expect is _Expect.HEX:
+        elif expect == _Expect.HEX:
             self._num_hex -= 1
             self._expect = _Expect.HEX if self._num_hex else _Expect.IN_STRING
             self.broken = char not in "0123456789abcdefABCDEF"
-        elif char in _WHITE:
-            return True
         elif expect in (_Expect.VALUE, _Expect.VALUE_OR_END):
             self._begin_value(char)
         elif expect in (_Expect.KEY, _Expect.KEY_OR_END) and char == '"':
             self._is_key, self._expect = True, _Expect.IN_STRING
-        elif expect is _Expect.COLON and char == ":":
+        elif expect == _Expect.COLON and char == ":":
             self._expect = _Expect.VALUE
-        elif expect is _Expect.COMMA_OR_END and char == ",":
+        elif expect == _Expect.COMMA_OR_END and char == ",":
             self._expect = _Expect.KEY if self._stack[-1] == "}" else _Expect.VALUE
         elif expect in (_Expect.KEY_OR_END, _Expect.COMMA_OR_END):
             self._close(char)
         else:
             self.broken = True
-        return not self.broken and self._expect is not _Expect.IN_WORD
+        return not self.broken and self._expect != _Expect.IN_WORD
 
     def _begin_value(self, char: str) -> None:
         if char in "{[":
@@ -118,10 +159,10 @@ class JsonScanner:
             self.broken = len(self._stack) > MAX_DEPTH
         elif char == '"':
             self._is_key, self._expect = False, _Expect.IN_STRING
-        elif char == "]" and self._expect is _Expect.VALUE_OR_END:
+        elif char == "]" and self._expect == _Expect.VALUE_OR_END:
             self._close(char)
         elif _WORD.match(char)[0]:  # type: ignore[index]
-            self._word, self._expect = "", _Expect.IN_WORD  # which reads this character itself
+            self._word, self._expect = [], _Expect.IN_WORD  # which reads this character itself
         else:
             self.broken = True
 
@@ -172,18 +213,19 @@ class JsonCallParser(ToolParser):
     def _call_object(self) -> Reading[CallEnd]:
         """Reads one call's object, giving out its arguments as they come. The source has a mark, which goes when the
         call begins."""
-        num_before, self._whole = self.num_calls, False
+        num_before = self.num_calls
         try:
             name, arguments = yield from self._members()
         except NotJson:
             if self.num_calls == num_before:
                 return CallEnd.NO_CALL
-            return CallEnd.AFTER_ARGUMENTS if self._whole else CallEnd.IN_ARGUMENTS
+            return CallEnd.AFTER_ARGUMENTS if self.is_whole else CallEnd.IN_ARGUMENTS
         if self.num_calls == num_before:
             if not name or (arguments is None and self.needs_arguments):
                 return CallEnd.NO_CALL
             self._begin_call(name)
             self._arguments(arguments or "{}")
+            self.is_whole = True
         return CallEnd.WHOLE
 
     def _members(self) -> Reading[tuple[str | None, str | None]]:
@@ -213,6 +255,8 @@ class JsonCallParser(ToolParser):
             yield from self._expect(",")
 
     def _key(self) -> Reading[str]:
+        if (plain := self._source.take(_KEY)) is not None:
+            return plain[1]
         yield from self._source.space()
         key = yield from self._string()
         yield from self._source.space()
@@ -226,10 +270,11 @@ class JsonCallParser(ToolParser):
         yield from self._source.next()
 
     def _string(self) -> Reading[str]:
+        if (plain := self._source.take(_STRING)) is not None:
+            return plain[1]
         if (yield from self._source.peek()) != '"':
             raise NotJson
-        text = yield from self._value()
-        return str(json.loads(text))
+        return _string_text((yield from self._value()))
 
     def _value(self) -> Reading[str]:
         """The text of one whole JSON value."""
@@ -253,9 +298,9 @@ class JsonCallParser(ToolParser):
             self._source.back(len(text) - used)
             if text == END or scanner.broken:
                 raise NotJson
-        self._whole = True
+        self.is_whole = True
 
-    def _call_list(self, stops: Sequence[str] = ()) -> Reading[None]:
+    def _call_list(self, stops: Markers) -> Reading[None]:
         """Reads an array of calls' objects. The source has a mark. stops: where arguments that are no JSON end."""
         yield from self._source.next()  # "["
         while True:
@@ -277,24 +322,24 @@ class JsonCallParser(ToolParser):
                 self._source.unmark()
                 return
 
-    def _rest_of_arguments(self, markers: Sequence[str]) -> Reading[str | None]:
+    def _rest_of_arguments(self, markers: Markers) -> Reading[str | None]:
         """Arguments that are no JSON go on to one of the markers, or to the end of the text. The bracket that closes
         the call's object before the marker is left out."""
-        held = ""  # white space with at most one closing bracket in it
+        held: list[str] = []  # white space with at most one closing bracket in it
 
         def emit(text: str) -> None:
             nonlocal held
-            if text.isspace():
-                held += text
-                return
-            held += text
-            cut = len(held.rstrip().removesuffix("}").rstrip())
-            self._arguments(held[:cut])
-            held = held[cut:]
+            held.append(text)
+            if not text.isspace():
+                text = "".join(held)
+                cut = len(text.rstrip().removesuffix("}").rstrip())
+                self._arguments(text[:cut])
+                held = [text[cut:]]
 
         marker = yield from self._until(markers, emit)
         if marker is None:
-            self._arguments(held)
+            self._arguments("".join(held))
+        self.is_whole = marker is not None
         return marker
 
 
@@ -303,7 +348,17 @@ def _object_text(value: str) -> str:
     if value == "null":
         return "{}"
     if value.startswith('"'):
-        value = str(json.loads(value)).strip()
+        value = _string_text(value).strip()
     if not value.startswith("{") or not is_json(value):
         raise NotJson
     return value
+
+
+def _string_text(value: str) -> str:
+    """What a JSON string says. Raises NotJson where that is no text: an escaped half of a surrogate pair."""
+    text = str(json.loads(value))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise NotJson from None
+    return text

@@ -30,9 +30,19 @@ def _parse(text: str) -> ast.expr:
 
 def _dump(node: ast.expr) -> str:
     try:
-        return json.dumps(_value(node), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_value(node), ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    # What has no UTF-8, half a surrogate pair, stays the escape that it was.
+    return text if _is_text(text) else json.dumps(_value(node), allow_nan=False)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _dump_text(text: str) -> str:

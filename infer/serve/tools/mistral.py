@@ -7,31 +7,37 @@
 Between the name and [ARGS] there may be [CALL_ID] and an id, which is left out: ids are made here.
 """
 
+import re
 import secrets
 import string
 
 from infer.serve.tools.json_text import CallEnd, JsonCallParser, NotJson
-from infer.serve.tools.source import END, Reading
+from infer.serve.tools.source import Markers, Reading
 
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 ID_CHARS = 9  # its chat templates take no other ids
 MAX_NAME_CHARS = 256
+_WORD = re.compile(r"[\w.:/-]*")  # names and ids
+_NEXT = Markers((CALLS,))
+_OPENING = Markers((CALLS,), then={CALLS: r"(?!\s*+[^\s\[{\w.:/-])"})
 
 
 class MistralParser(JsonCallParser):
     """A list of objects, or name and arguments, after each marker."""
 
     markers = (CALLS, ARGS, CALL_ID)
+    opening = CALLS
 
-    def _new_id(self) -> str:
+    @staticmethod
+    def new_id() -> str:
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_CHARS))
 
     def _read(self) -> Reading[None]:
-        while (yield from self._until((CALLS,))) is not None:
+        while (yield from self._until(_OPENING)) is not None:
             yield from self._source.space()
             char = yield from self._source.peek()
             if char == "[":
-                yield from self._call_list((CALLS,))
+                yield from self._call_list(_NEXT)
             elif char == "{":
                 end = yield from self._call_object()
                 yield from self._end_call(end)
@@ -55,17 +61,12 @@ class MistralParser(JsonCallParser):
 
     def _word(self, most: int) -> Reading[str]:
         """A name or an id."""
-        word = ""
-        while (char := (yield from self._source.next())) != END and (char.isalnum() or char in "_-.:/"):
-            word += char
-            if len(word) > most:
-                return ""
-        self._source.back(len(char))
-        return word
+        word = yield from self._source.run(_WORD, most + 1)
+        return word if len(word) <= most else ""
 
     def _end_call(self, end: CallEnd) -> Reading[None]:
         if end is CallEnd.NO_CALL:
             self._give_up()
         elif end is CallEnd.IN_ARGUMENTS:
-            marker = yield from self._rest_of_arguments((CALLS,))
+            marker = yield from self._rest_of_arguments(_NEXT)
             self._source.back(len(marker or ""))

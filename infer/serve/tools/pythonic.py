@@ -6,14 +6,24 @@ Llama 4 puts <|python_start|> and <|python_end|> around them. A list is taken fo
 the tag. Each call comes out when it is complete: before that, nothing tells a call from text in brackets.
 """
 
+import re
+
 from infer.serve.tools.base import ToolParser
 from infer.serve.tools.literals import keywords_json
-from infer.serve.tools.source import END, Reading
+from infer.serve.tools.source import END, Markers, Reading
 
 START, STOP = "<|python_start|>", "<|python_end|>"
 MAX_NAME_CHARS = 256
 MAX_DEPTH = 100  # of brackets in arguments
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+_NAME = re.compile(r"[\w.]*")
+_THEN = {START: r"(?!\s*+[^\s\[])", "[": r"(?!\s*+(?:[^\s\w.]|[\w.]++(?:\s++[^\s(]|[^\s\w.(])))"}
+_OPENING = Markers((START,), at_line=("[",), then=_THEN)
+# In arguments: what is neither bracket nor quote, and short strings that are whole.
+_SIMPLE = re.compile(
+    r"""(?:[^()\[\]{}"']++|'(?!')(?:[^'\\]++|\\.)*+'|"(?!")(?:[^"\\]++|\\.)*+")*+""", re.DOTALL
+)
+_IN_QUOTES = {quote: re.compile(rf"[^{quote}\\]*") for quote in "\"'"}
 
 
 class PythonicParser(ToolParser):
@@ -22,12 +32,11 @@ class PythonicParser(ToolParser):
     markers = (START, STOP)
 
     def _read(self) -> Reading[None]:
-        while (marker := (yield from self._until((START, "[")))) is not None:
+        while (marker := (yield from self._until(_OPENING))) is not None:
+            found = True
             if marker == START:
                 yield from self._source.space()
                 found = yield from self._source.skip("[")
-            else:
-                found = self._line_is_blank
             if not found or not (yield from self._calls()):
                 self._give_up()
                 continue
@@ -45,6 +54,7 @@ class PythonicParser(ToolParser):
                 return False
             self._begin_call(call[0])
             self._arguments(call[1])
+            self.is_whole = True
             yield from self._source.space()
             self._source.mark()
             separator = yield from self._source.peek()
@@ -57,10 +67,7 @@ class PythonicParser(ToolParser):
 
     def _call(self) -> Reading[tuple[str, str] | None]:
         """One call's name and arguments; None where it is none."""
-        name = ""
-        while (char := (yield from self._source.next())) != END and (char.isalnum() or char in "_."):
-            name += char
-        self._source.back(len(char))
+        name = yield from self._source.run(_NAME, MAX_NAME_CHARS + 1)
         yield from self._source.space()
         if not name or name[0].isdigit() or len(name) > MAX_NAME_CHARS or not (yield from self._source.skip("(")):
             return None
@@ -77,6 +84,9 @@ class PythonicParser(ToolParser):
         pieces: list[str] = []
         stack = [")"]
         while stack:
+            simple = self._source.take(_SIMPLE)
+            assert simple is not None  # it may take nothing
+            pieces.append(simple[0])
             char = yield from self._source.next()
             if char == END:
                 return None
@@ -104,6 +114,9 @@ class PythonicParser(ToolParser):
             closing = quote * 3
         ends = 0
         while ends < len(closing):
+            if text := (yield from self._source.run(_IN_QUOTES[quote])):
+                pieces.append(text)
+                ends = 0
             char = yield from self._source.next()
             if char == END:
                 break

@@ -14,35 +14,47 @@ where it is neither.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from infer.serve.tools.base import ToolParser
 from infer.serve.tools.json_text import NUMBER, is_json
 from infer.serve.tools.literals import literal_json
-from infer.serve.tools.source import END, Reading
+from infer.serve.tools.source import Markers, Reading, or_cut
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 MAX_NAME_CHARS = 256
+_IN_NAME = re.compile(r"[^<>\n]*")
+_THEN = {
+    OPEN: rf"(?=\s*+{or_cut(FUNCTION)})",
+    FUNCTION: rf"(?=[^<>\n]{{0,{MAX_NAME_CHARS}}}+(?:>|\Z))",
+    PARAMETER: rf"(?=[^<>\n]{{0,{MAX_NAME_CHARS}}}+(?:>|\Z))",
+}
+_OPENING = Markers((OPEN, FUNCTION), then=_THEN)
+_OPENING_OR_CLOSING = Markers((OPEN, FUNCTION, CLOSE), then=_THEN)
+_IN_CALL = Markers((PARAMETER, END_FUNCTION, CLOSE), then=_THEN)
+_IN_VALUE = Markers((END_PARAMETER, PARAMETER, END_FUNCTION))
 
 
 class Qwen3CoderParser(ToolParser):
     """Strings come out as they are written, other values when they are complete."""
 
     markers = (OPEN, CLOSE, FUNCTION, END_FUNCTION, PARAMETER, END_PARAMETER)
+    opening = OPEN
 
     def _read(self) -> Reading[None]:
         is_open = False  # a call was made whose closing tag is still to come
         while True:
             # Models forget the outer tag now and then.
-            marker = yield from self._until((OPEN, FUNCTION, CLOSE) if is_open else (OPEN, FUNCTION))
+            marker = yield from self._until(_OPENING_OR_CLOSING if is_open else _OPENING)
             if marker is None:
                 return
             if marker == CLOSE:
-                self._source.unmark()
-                self._space, is_open = "", False
+                self._leave_out()
+                is_open = False
                 continue
             if marker == OPEN:
                 yield from self._source.space()
@@ -59,12 +71,9 @@ class Qwen3CoderParser(ToolParser):
 
     def _name(self) -> Reading[str | None]:
         """The rest of a tag up to its bracket; None where it is no name."""
-        name = ""
-        while (char := (yield from self._source.next())) != ">":
-            if char == END or char in "<\n" or len(name) == MAX_NAME_CHARS:
-                self._source.back(len(char))
-                return None
-            name += char
+        name = yield from self._source.run(_IN_NAME, MAX_NAME_CHARS)
+        if not (yield from self._source.skip(">")):
+            return None
         return name.strip() or None
 
     def _properties(self, name: str) -> Mapping[str, Any]:
@@ -79,29 +88,28 @@ class Qwen3CoderParser(ToolParser):
         too. Anything else between the tags is content."""
         self._arguments("{")
         separator = ""
-        marker = yield from self._until((PARAMETER, END_FUNCTION, CLOSE))
+        marker = yield from self._until(_IN_CALL)
         while marker == PARAMETER:
             name = yield from self._name()
             if name is None:
                 self._give_up()
             else:
-                self._source.unmark()
-                self._space = ""
+                self._leave_out()
                 self._arguments(f"{separator}{_quoted(name)}: ")
                 separator = ", "
                 value = _Value(self._arguments, _types(properties.get(name)))
-                marker = yield from self._until((END_PARAMETER, PARAMETER, END_FUNCTION), value.add)
+                marker = yield from self._until(_IN_VALUE, value.add)
                 value.end(marker is None)
                 if marker in (PARAMETER, END_FUNCTION):
                     continue
-            marker = yield from self._until((PARAMETER, END_FUNCTION, CLOSE))
+            marker = yield from self._until(_IN_CALL)
         if marker is None:
             return  # what is missing shows in the arguments
         self._arguments("}")
+        self.is_whole = True
         if marker == CLOSE:
             self._source.back(len(CLOSE))
-        self._source.unmark()
-        self._space = ""
+        self._leave_out()
 
 
 class _Value:
@@ -112,28 +120,30 @@ class _Value:
         self._types = types
         self._is_text = types <= {"string"}
         self._begun = False
-        self._held = ""  # of a string, a newline that may be its last; of another value, all of it
+        self._newline = ""  # the string's, which may be its last
+        self._held: list[str] = []  # of another value, all of it
 
     def add(self, text: str) -> None:
         if not self._is_text:
-            self._held += text
+            self._held.append(text)
             return
         if not self._begun:
             self._begun = True
             self._emit('"')
             text = text.removeprefix("\n")
-        text = self._held + text
-        self._held = "\n" if text.endswith("\n") else ""
+        text = self._newline + text
+        self._newline = "\n" if text.endswith("\n") else ""
         self._emit(_quoted(text.removesuffix("\n"))[1:-1])
 
     def end(self, is_cut: bool) -> None:
         """is_cut: the text is over before the value is; what there is of it stays as it is."""
+        held = "".join(self._held)
         if is_cut:
-            self._emit("" if self._is_text else self._held)
+            self._emit(held)
         elif self._is_text:
             self._emit('"' if self._begun else '""')
         else:
-            self._emit(_typed(self._held.removeprefix("\n").removesuffix("\n"), self._types))
+            self._emit(_typed(held.removeprefix("\n").removesuffix("\n"), self._types))
 
 
 def _typed(text: str, types: frozenset[str]) -> str:
@@ -157,14 +167,15 @@ def _typed(text: str, types: frozenset[str]) -> str:
 
 
 def _types(schema: Any) -> frozenset[str]:
-    """The JSON types a property's schema names, alternatives included."""
-    if not isinstance(schema, Mapping):
-        return frozenset()
-    named = schema.get("type")
-    types = {named} if isinstance(named, str) else {item for item in named or () if isinstance(item, str)}
-    for key in ("anyOf", "oneOf"):
-        for alternative in schema.get(key) or ():
-            types |= _types(alternative)
+    """The JSON types a property's schema names, alternatives included. Nobody checked that it is a schema."""
+    types, left = set(), [schema]
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            named = one.get("type")
+            types |= {item for item in (named if isinstance(named, list) else [named]) if isinstance(item, str)}
+            for key in ("anyOf", "oneOf"):
+                left += one[key] if isinstance(one.get(key), list) else []
     return frozenset(types)
 
 
