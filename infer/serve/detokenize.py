@@ -8,6 +8,7 @@ from typing import Protocol
 from infer.serve.vocabulary import Vocabulary
 
 PROMPT_WINDOW = 6  # prompt tokens that decide how the first generated token begins (a space or none)
+MAX_SEEN_PROMPT = 64  # and so many at most are looked at, once a choice; a longer prompt counts as one that has text
 MAX_PENDING_TOKENS = 16  # longest run of tokens held back for a character; no tokenizer needs more for a real one
 
 
@@ -49,8 +50,8 @@ class JoiningDecoder:
         self._whole_text = vocabulary.whole_text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._has_half = False  # the tokens so far end inside a character
-        begins_text = all(token_id in self._skipped for token_id in prompt_token_ids)
-        self._drops_space = vocabulary.drops_first_space and begins_text  # until there is text
+        is_bare = len(prompt_token_ids) <= MAX_SEEN_PROMPT and self._skipped.issuperset(prompt_token_ids)
+        self._drops_space = vocabulary.drops_first_space and is_bare  # until there is text
 
     def add(self, token_id: int) -> str:
         if token_id in self._skipped:
@@ -89,7 +90,8 @@ class WindowDecoder:
         """The prompt's last tokens, without half characters: one that it ends in would swallow generated text, since
         bytes are decoded, or replaced by U+FFFD, together with their neighbours."""
         is_byte = self._vocabulary.is_byte_token
-        tokens = (t for t in reversed(prompt_token_ids) if not self._is_skipped(t) and not is_byte(t))
+        seen = reversed(prompt_token_ids[-MAX_SEEN_PROMPT:])
+        tokens = (t for t in seen if not self._is_skipped(t) and not is_byte(t))
         context = [*itertools.islice(tokens, PROMPT_WINDOW)][::-1]
         while context and self._vocabulary.decode(context, self._skip).endswith("\ufffd"):
             context.pop()

@@ -170,7 +170,6 @@ async def reply_whole(http: web.Request, generation: Generation, reply: Reply, o
     """One JSON object, when every choice is done."""
     while not generation.done:
         await generation.step()
-
     data = await _render_whole(generation, reply, offload)
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
     response.content_length = len(data)
@@ -240,11 +239,13 @@ async def _write_step(
         choice, delta = step
         return reply.work(choice, len(delta.text), delta.num_logprobs)
 
-    for i, (steps, work) in enumerate(_batches(await generation.step(), work_of)):
-        if i:
+    batches = [*_batches(await generation.step(), work_of)]
+    for num_left, (steps, work) in zip(reversed(range(len(batches))), batches, strict=True):
+        data = await _render_events(body, generation, reply, offload, steps, work > MAX_INLINE_WORK)
+        generation.job.is_rendering = num_left > 0
+        await _write(http, response, data)
+        if num_left:
             await asyncio.sleep(0)
-        heavy = work > MAX_INLINE_WORK
-        await _write(http, response, await _render_events(body, generation, reply, offload, steps, heavy))
 
 
 async def _render_events(

@@ -198,25 +198,34 @@ def _lark(asked: StructuredOutputs) -> str:
     if asked.regex is not None:
         return "/" + re.sub(r"\\.|[/\n]", _escaped, asked.regex, flags=re.DOTALL) + "/"
     if asked.choice is not None:
-        return " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(asked.choice))
-    schema = _schema(asked.json) if isinstance(asked.json, str) else {"type": "object"}
+        return " | ".join(_lark_string(text) for text in dict.fromkeys(asked.choice))
+    schema: dict[str, object] = _schema(asked.json) if isinstance(asked.json, str) else {"type": "object"}
     guidance: dict[str, object] = {}
     if asked.disable_any_whitespace:
         guidance["whitespace_flexible"] = False
     if asked.whitespace_pattern is not None:
         guidance["whitespace_pattern"] = asked.whitespace_pattern
-    if guidance and isinstance(schema, dict):
-        schema["x-guidance"] = guidance
+    own = schema.get("x-guidance")  # as grammar_text() has it: what a schema itself says of this is kept
+    schema["x-guidance"] = {**(own if isinstance(own, dict) else {}), **guidance}
     return "%json " + json.dumps(schema)
 
 
-def _schema(text: str) -> object:
+def _lark_string(text: str) -> str:
+    """A string as Lark has it: as JSON, but for the one control character that JSON lets stand."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _schema(text: str) -> dict[str, object]:
+    """A schema's text read. Raises ValueError, also for `true` and the like, which the compiler refuses by itself."""
     try:
-        return without_unknown_formats(json.loads(text))
+        schema = without_unknown_formats(json.loads(text))
     except RecursionError:
         raise ValueError("json is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"json is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"json must be a schema that is an object, not {text[:40]}")
+    return schema
 
 
 def _escaped(match: re.Match[str]) -> str:

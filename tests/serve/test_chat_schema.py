@@ -269,6 +269,36 @@ def test_tokens_of_the_reasoning_are_counted(tokenizer, name, text, reasoning, p
     assert body.counts_reasoning and expected <= len(ids)
 
 
+CUT = '<tool_call>{"name": "get_time", "arguments": {"a": "STOP it"}}</tool_call>'
+WHOLE = '<tool_call>{"name": "get_time", "arguments": {"a": 1}}</tool_call>'
+STOPPED = [  # text, stop string, further fields, finish_reason, the last call's arguments
+    (CUT, "STOP", {}, "stop", '{"a": "'),
+    (CUT, "STOP", {"include_stop_str_in_output": True}, "stop", '{"a": "STOP'),
+    (WHOLE, "</tool_call>", {}, "tool_calls", '{"a": 1}'),
+    (WHOLE + "STOP", "STOP", {}, "tool_calls", '{"a": 1}'),
+    (WHOLE + CUT, "STOP", {}, "stop", '{"a": "'),
+    (WHOLE + CUT, "STOP", {"parallel_tool_calls": False}, "tool_calls", '{"a": 1}'),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text,stop,fields,reason,arguments", STOPPED)
+def test_a_stop_string_inside_a_call_made_no_call(tokenizer, text, stop, fields, reason, arguments, stream):
+    body = body_of(tools=[TIME], stop=[stop], stream=stream, **fields)
+    body.prepare(AUTO)
+    request = Request(request_id="r", prompt_token_ids=[65], params=body.sampling_params(500), seed=1)
+    choice = Choice(0, Prompt([65]), request, tokenizer, keep=not stream)
+    reply, chunks = ChatReply("i", "m", tokenizer, body), []
+    for token in tokenizer.encode(text):
+        if choice.finish_reason is None:
+            delta = choice.accept(Output(request_id="r", token_ids=[token]))
+            chunks.append(reply.chunk(choice, delta) if stream else None)
+    shown = [chunk["choices"][0] for chunk in chunks if chunk] if stream else [reply.whole_choice(choice)]
+    assert (shown[-1]["finish_reason"], shown[-1]["stop_reason"]) == (reason, stop)
+    calls = [call for part in shown for call in part["delta" if stream else "message"].get("tool_calls", ())]
+    assert "".join(call["function"]["arguments"] for call in calls).endswith(arguments)
+
+
 def test_formats_check_their_flags():
     with pytest.raises(ValueError, match="needs --tool-call-parser"):
         ChatFormat(enable_auto_tool_choice=True)

@@ -71,6 +71,41 @@ def test_only_what_earlier_frames_left_makes_a_reader_slow(monkeypatch):
     asyncio.run(run())
 
 
+def test_the_turns_of_others_make_no_reader_slow(monkeypatch, tokenizer):
+    """A step of many choices is rendered and written in pieces; what the engine sends meanwhile is not the client's
+    slowness."""
+
+    class Response:
+        prepared = True
+        num_writes = 0
+
+        async def write(self, data):
+            self.num_writes += 1
+
+    async def run():
+        monkeypatch.setattr(client, "MAX_PENDING_ENTRIES", 10)
+        engine, ended, response = EngineClient("m"), [], Response()
+        engine.hello = HELLO
+        body = body_of(CompletionBody, prompt=[65], n=300, stream=True)
+        request = Request(request_id="r", prompt_token_ids=[65], params=SamplingParams(n=300), seed=1)
+        work = Generation(engine, body, [Prompt([65])], [request], tokenizer, lambda: ended.append(1))
+        engine._receive(Outputs(items=[Output(request_id="r", index=i, token_ids=[65]) for i in range(300)]))
+
+        async def send_more():
+            for _ in range(4):
+                engine._receive(Outputs(items=[Output(request_id="r", token_ids=[65] * 11)]))
+                await asyncio.sleep(0)
+
+        reply = CompletionReply("i", "m", tokenizer, body)
+        more = asyncio.create_task(send_more())
+        await generation._write_step(None, response, body, work, reply, Offload())
+        assert response.num_writes > 4 and more.done() and not ended
+        engine._receive(Outputs(items=[Output(request_id="r", token_ids=[65])]))
+        assert ended, "now it would be"
+
+    asyncio.run(run())
+
+
 def test_whole_replies_have_no_reader_to_wait_for():
     job = Job([one_request()], None)
     job.put(Output(request_id="r", token_ids=[5] * (client.MAX_PENDING_ENTRIES + 1)))

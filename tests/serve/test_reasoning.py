@@ -86,6 +86,8 @@ CONSTRAINTS = [
     (StructuredOutputs(json_object=True, disable_any_whitespace=True), '{"a":[1]}', '{"a" : 1}'),
     (StructuredOutputs(regex=r"[a-z]+/\d\n?"), "ab/1", "ab-1"),
     (StructuredOutputs(choice=['ye"s', "no\\"]), 'ye"s', "yes"),
+    (StructuredOutputs(choice=["a\x7f", "b\n\u2028"]), "a\x7f", "a"),
+    (StructuredOutputs(json='{"type": "integer", "x-guidance": 5}'), "7", "x"),
     (StructuredOutputs(grammar='start: "x" tail\ntail: "y" | "}" // {\n'), "x}", "xz"),
 ]
 
@@ -124,9 +126,9 @@ def test_a_call_in_place_of_the_answer(accepts):
     assert not accepts(thinking, "hm</think>no")
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "true", "[]"])
 def test_what_is_no_schema_is_said(text):
-    with pytest.raises(ValueError, match=r"json is (not JSON|nested too deeply)"):
+    with pytest.raises(ValueError, match=r"json (is not JSON|is nested too deeply|must be a schema that is an)"):
         constrain_answer(StructuredOutputs(json=text), PARSERS["deepseek_r1"](), {})
 
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import sys
 
 import pytest
 from llguidance import LLMatcher
@@ -18,7 +20,8 @@ from infer.serve.tools import (
     named_schema,
     required_schema,
 )  # fmt: skip
-from infer.serve.tools.json_text import JsonScanner, is_json
+from infer.serve.tools.json_text import MAX_DEPTH, JsonScanner, is_json
+from infer.serve.tools.source import Source
 from infer.structured import compile_grammar, load_tokenizer
 
 PARAMETERS = {
@@ -53,6 +56,13 @@ CASES = [
     ),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "cut o', "", [("f", '{"s": "cut o')]),
     ("hermes", '<tool_call>{"name": "f", "argum', '<tool_call>{"name": "f", "argum', []),
+    # Half a surrogate pair is no text: as a name, or where arguments would have to be written anew
+    ("hermes", r'<tool_call>{"name": "\ud800"}', r'<tool_call>{"name": "\ud800"}', []),
+    (
+        "hermes", r'<tool_call>{"name": "f", "arguments": "{\"s\": \"\ud800\"}"}',
+        r'<tool_call>{"name": "f", "arguments": "{\"s\": \"\ud800\"}"}', [],
+    ),
+    ("hermes", r'<tool_call>{"name": "\ud83d\ude00", "arguments": {"s": "\ud800"}}', "", [("😀", r'{"s": "\ud800"}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"n": 1.5e3}', "", [("f", '{"n": 1.5e3}')]),
     # Llama 3
     ("llama3_json", '{"name": "f", "parameters": {"n": 1}}', "", [("f", '{"n": 1}')]),
@@ -66,6 +76,11 @@ CASES = [
     ("llama3_json", 'as {"name": "f", "parameters": {}}', 'as {"name": "f", "parameters": {}}', []),
     ("llama3_json", '<|python_tag|>print("x")', '<|python_tag|>print("x")', []),
     ("llama3_json", "{{{}", "{{{}", []),
+    ("llama3_json", r'{"name": "\udfff", "parameters": {}}', r'{"name": "\udfff", "parameters": {}}', []),
+    (  # the line break is content, and a line begins after it
+        "llama3_json", '{"name": "f", "parameters": {}}x{\n{"name": "g", "parameters": {}}', "x{\n",
+        [("f", "{}"), ("g", "{}")],
+    ),
     ("llama3_json", '{"name": "f", "parameters": {"n": oops', "", [("f", '{"n": oops')]),
     # Mistral
     (
@@ -76,6 +91,8 @@ CASES = [
     ("mistral", '[TOOL_CALLS]f[CALL_ID]abc123456[ARGS]{"s": "[ARGS]"}', "", [("f", '{"s": "[ARGS]"}')]),
     ("mistral", '[TOOL_CALLS]f{"n": x}[TOOL_CALLS]g{}', "", [("f", '{"n": x'), ("g", "{}")]),
     ("mistral", "[TOOL_CALLS] what?", "[TOOL_CALLS] what?", []),
+    ("mistral", "[TOOL_CALLS]f{x[TOOL_CALLS], y", "[TOOL_CALLS], y", [("f", "{x")]),
+    ("mistral", r'[TOOL_CALLS][{"name": "\ud800"}]', r'[TOOL_CALLS][{"name": "\ud800"}]', []),
     ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}}, 5]', ", 5]", [("f", "{}")]),
     ("mistral", "a [list], [TOOL", "a [list], [TOOL", []),
     # Qwen 3 Coder
@@ -96,6 +113,10 @@ CASES = [
     ("qwen3_coder", "if a <function= b:\n", "if a <function= b:\n", []),
     ("qwen3_coder", "<function=f><parameter=s>\nab\n", "", [("f", '{"s": "ab')]),
     ("qwen3_coder", "<function=f><parameter=n>\n12", "", [("f", '{"n": \n12')]),
+    (
+        "qwen3_coder", r"<function=f><parameter=a>['\ud800', 'é']</parameter></function>", "",
+        [("f", r'{"a": ["\ud800", "\u00e9"]}')],
+    ),
     # Pythonic
     (
         "pythonic", '[f(n=-1, s="a)]\\n", a=[1, (2,)], o={"k": None}), g()]', "",
@@ -106,6 +127,7 @@ CASES = [
         [("f", '{"s": "it\'s", "b": true}')],
     ),
     ("pythonic", '[f(s="")]', "", [("f", '{"s": ""}')]),
+    ("pythonic", r'[f(s="\ud800", a={"\udfff": 1})]', "", [("f", r'{"s": "\ud800", "a": {"\udfff": 1}}')]),
     ("pythonic", "[1] and [x](y)", "[1] and [x](y)", []),
     ("pythonic", "see [f(n=1)]", "see [f(n=1)]", []),
     ("pythonic", "[f(1)]", "[f(1)]", []),
@@ -139,6 +161,7 @@ def parse(name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
     content, names, arguments, ids = "", [], [], set()
     for delta in [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish():
         if isinstance(delta, ContentDelta):
+            delta.text.encode()  # else no reply could hold it
             content += delta.text
             continue
         if delta.index == len(names):
@@ -149,6 +172,7 @@ def parse(name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
         else:
             assert delta.index == len(names) - 1 and delta.name is None and delta.id is None
         arguments[delta.index] += delta.arguments
+        (names[delta.index] + delta.arguments).encode()
     assert parser.num_calls == len(names)
     return content, list(zip(names, arguments, strict=True))
 
@@ -241,10 +265,109 @@ def test_hostile_texts_end_soon(name, text):
     assert parse(name, pieces) == (content, calls)
 
 
-GOOD_JSON = ['{"a": [1, -0.5e+3, true, null, "x\\u00e9\\n"], "b": {}}', "[]", '[[{}], ""]', ' {"a":\t1}']
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("hermes", "<" * 20_000),
+        ("hermes", " " * 30_000),
+        ("hermes", "x\n" + " " * 30_000),
+        ("hermes", "<tool_call> " * 2_500),
+        ("hermes", "<tool_call>{" * 2_500),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {x' + "<" * 30_000),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "' + r"\n\u00e9" * 4_000 + '"}}'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"k": [' + '{"a": [1, true]}, ' * 2_000 + "0]}}"),
+        ("llama3_json", "{" * 20_000),
+        ("llama3_json", "{\n" * 10_000),
+        ("mistral", "[" * 20_000),
+        ("mistral", "[TOOL_CALLS]" + "a" * 30_000),
+        ("pythonic", "[" * 20_000),
+        ("pythonic", "[\n" * 10_000),
+        ("pythonic", "[f(a='" + "x" * 30_000),
+        ("qwen3_coder", "<function=" * 3_000),
+        ("qwen3_coder", "<function=f><parameter=s>" + "<" * 30_000),
+        ("qwen3_coder", "<function=f><parameter=a>[" + "1," * 15_000 + "1]</parameter>"),
+    ],
+)
+def test_what_means_nothing_is_read_at_once(name, text):
+    """Python's work is counted, for which a loaded machine makes no difference: a call in 20 characters at most."""
+    num_calls = 0
+
+    def count(frame, event, argument):
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    parser = parser_of(name)
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        parser.feed(text)
+        parser.finish()
+    finally:
+        sys.setprofile(before)
+    assert num_calls < len(text) / 20
+
+
+def test_what_was_marked_can_be_taken_back_over_many_pieces():
+    source = Source()
+    source.mark()
+    for i in range(1_000):
+        source.add(f"{i % 10}")
+        source.read(1)
+    assert source.marked() == "0123456789" * 100 and source.position == 1_000
+    source.add("x")
+    source.back(995)
+    assert (source.position, source.marked()) == (5, "01234")
+    source.unmark()
+    assert source.take(re.compile(r"\d+"))[0] == "56789" + "0123456789" * 99 and source.position == 1_000
+
+
+@pytest.mark.parametrize(
+    "schema", [{"anyOf": 5}, {"type": 5}, {"type": {"string": 1}}, {"oneOf": {"a": 1}}, {"anyOf": [5, None]}, 5, None]
+)
+def test_schemas_that_are_none_give_strings(schema):
+    tools = [tool("f", {"properties": {"a": schema}})]
+    text = "<function=f><parameter=a>5</parameter></function>"
+    found = make_parser("qwen3_coder", tools).feed(text)
+    assert [delta.arguments for delta in found if isinstance(delta, ToolDelta)] == ['{"a": "5"}']
+
+
+def test_deeply_nested_alternatives():
+    schema: dict = {"type": "integer"}
+    for _ in range(5_000):
+        schema = {"anyOf": [schema]}
+    parser = make_parser("qwen3_coder", [tool("f", {"properties": {"a": schema}})])
+    assert parser.feed("<function=f><parameter=a>5</parameter></function>")[0].arguments == '{"a": 5}'
+
+
+@pytest.mark.parametrize(
+    "name,text,is_whole",
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "', False),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}', True),
+        ("hermes", '<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "f", "arguments": {', False),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {x', False),
+        ("mistral", "[TOOL_CALLS]f{}", True),
+        ("mistral", '[TOOL_CALLS]f{"n', False),
+        ("pythonic", "[f(), g(", True),
+        ("qwen3_coder", "<function=f><parameter=s>x</parameter>", False),
+        ("qwen3_coder", "<function=f></function>", True),
+        ("required", '[{"name": "f", "parameters": {"n', False),
+    ],
+)
+def test_whether_the_last_call_is_whole(name, text, is_whole):
+    parser = parser_of(name)
+    parser.feed(text)
+    parser.finish()
+    assert parser.num_calls and parser.is_whole is is_whole
+
+
+GOOD_JSON = [
+    '{"a": [1, -0.5e+3, true, null, "x\\u00e9\\n"], "b": {}}', "[]", '[[{}], ""]', ' {"a":\t1}',
+    '[[1, 2, [3, {"a": [[]]}]], {"b": {"c": {"d": ["x,]"]}}}]',
+]  # fmt: skip
 BAD_JSON = [
     "{a: 1}", '{"a" 1}', '{"a": 1,}', "[1,]", "[1 2]", '["\n"]', '["\\x"]', "[01]", "[.5]", "{]", "[nul]", "[NaN]",
-    "[1}",
+    "[1}", "[[1, 2,], 3]", '[{"a": 1, 2}, 3]', "[1, [01], 2]", '{"a": ["\\ud8x0"], "b": 1}', "[1, tru, 2]", "[1,, 2]",
 ]  # fmt: skip
 
 
@@ -254,6 +377,7 @@ def test_the_scanner_knows_json():
         assert is_json(text), text
         scanner = JsonScanner()
         assert sum(scanner.scan(char) for char in text) == len(text) and scanner.done
+    assert is_json("[" * MAX_DEPTH + "]" * MAX_DEPTH) and not is_json("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1))
     for text in BAD_JSON:
         scanner = JsonScanner()
         scanner.scan(text)
@@ -314,6 +438,18 @@ def test_named_calls(matches):
     assert matches(named_schema(tool("tree", TREE)), '{"n": 1, "next": {"n": 2}}')
     assert matches(named_schema(tool("bare")), "{}") and not matches(named_schema(tool("bare")), '{"a": 1}')
     assert matches(named_schema(tool("open", {"additionalProperties": True})), '{"a": 1}')
+
+
+@pytest.mark.parametrize("name", ["default", "const", "enum", "examples", "$ref", "properties"])
+def test_properties_may_be_called_as_keywords(matches, name):
+    schema = {
+        "type": "object", "properties": {name: {"$ref": "#/$defs/examples"}}, "required": [name],
+        "additionalProperties": False, "$defs": {"examples": {"properties": {"enum": {"$ref": "#/$defs/enum"}}},
+                                                 "enum": {"type": "integer"}},
+    }  # fmt: skip
+    required = required_schema([tool("f", schema)], parallel=True)
+    for value, good in (({"enum": 1}, True), ({"enum": "x"}, False)):
+        assert matches(required, json.dumps([{"name": "f", "parameters": {name: value}}])) is good
 
 
 def test_too_deep_a_schema_is_refused():
