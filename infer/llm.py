@@ -13,6 +13,7 @@ from tqdm import tqdm
 from infer.config import EngineConfig
 from infer.engine.loop import Engine
 from infer.engine.startup import check
+from infer.journal import Journal, journal_settings
 from infer.launch import RankEnv
 from infer.models.source import tokenizer_path
 from infer.outputs import CompletionOutput, Logprob, RequestOutput
@@ -52,20 +53,35 @@ class LLM:
     Every engine flag of the command line is a keyword argument (EngineConfig). Rank 0 goes on past the constructor; the
     other ranks serve inside it and end with rank 0. Raises ValueError for what cannot be built, on rank 0; the others
     then wait for the next LLM of the script.
+
+    journal: a file that rank 0 writes each finished prompt to, so that the same script, run again after it was killed
+    or by torchrun's --max-restarts, computes only the rest.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **kwargs: Any):
+    def __init__(
+        self, model: str | os.PathLike[str], *, journal: str | os.PathLike[str] | None = None, **kwargs: Any
+    ) -> None:
         self._process = Process.join(RankEnv.from_environ())
         if self._process.engine is not None:
             raise ValueError("an LLM is open in this process; call its close() before building another")
         config = EngineConfig.from_kwargs(model=model, **kwargs)
-        path, _ = check(config, self._process.world.size, Path(sys.argv[0]).name)  # before any rank is asked
+        # Whatever can be wrong is found before any rank is asked.
+        path, model_config = check(config, self._process.world.size, Path(sys.argv[0]).name)
         tokenizer_dir = tokenizer_path(config, path)
         self.tokenizer = Tokenizer.load(tokenizer_dir)
         self._grammars = GrammarChecker(tokenizer_dir)
+        self._journal: Journal | None = None
+        if journal is not None:
+            max_model_len = config.max_model_len or model_config.max_position
+            settings = journal_settings(config, path, tokenizer_dir, model_config.dtype, max_model_len)
+            self._journal = Journal(Path(journal), settings)
         self._process.num_engines += 1
         number = self._process.num_engines
-        self._engine = Engine(self._process.world, self._process.courier, config, number=number)
+        try:
+            self._engine = Engine(self._process.world, self._process.courier, config, number=number)
+        except BaseException:
+            self._close_journal()
+            raise
         self._process.engine = self._engine
         self._pause()
         self._open = True
@@ -84,8 +100,8 @@ class LLM:
         """Completes prompts: a string, a list of token ids or {"prompt_token_ids": [...]}, or a list of such.
 
         sampling_params: one for all, or one each. priority: one each, with scheduling_policy="priority"; the lowest
-        runs first. Returns an output per prompt, in their order. Raises ValueError, naming the prompt, before anything
-        runs.
+        runs first. Returns an output per prompt, in their order; with a journal, each is on the disk then. Raises
+        ValueError, naming the prompt, before anything runs.
         """
         self._check_open()
         many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
@@ -123,8 +139,13 @@ class LLM:
         """Ends the engine. The other ranks wait for the next LLM of this script."""
         if self._open:
             self._grammars.close()
+            self._close_journal()
             self._engine.close()
             self._open, self._process.engine = False, None
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -197,9 +218,13 @@ class LLM:
     # ------------------------------------------------------------------ the run
 
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> None:
+        total = len(jobs)
+        jobs = [job for job in jobs if not self._recall(job)]
         by_id = {job.request.request_id: job for job in jobs}
         engine, num_open = self._engine, len(jobs)
-        bar = tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True)
+        bar = tqdm(
+            total=total, initial=total - num_open, desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True
+        )
         self._process.world.watchdog.phase("generating")
         try:
             for job in jobs:
@@ -214,6 +239,8 @@ class LLM:
                     self._take(job, output)
                     if not job.open_choices and not job.output.finished:
                         job.output.finished = True
+                        if self._journal is not None:
+                            self._journal.add(job.request, job.output)
                         num_open -= 1
                         bar.update()
                         rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
@@ -224,11 +251,20 @@ class LLM:
                     engine.abort(job.request.request_id)
             bar.close()
             self._pause()
+            if self._journal is not None:
+                self._journal.flush()
 
     def _pause(self) -> None:
         """Between two calls the script may do as it likes, holding Python's lock too."""
         self._process.world.watchdog.work_out(False)
         self._process.world.watchdog.phase("between calls", slow=True)
+
+    def _recall(self, job: _Job) -> bool:
+        """Takes the job's output from the journal, where an earlier run left it."""
+        if self._journal is None or not self._journal.recall(job.request, job.output):
+            return False
+        job.open_choices.clear()
+        return True
 
     def _take(self, job: _Job, output: Output) -> None:
         choice, stream = job.output.outputs[output.index], job.streams[output.index]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from infer.request import FinishReason, Output, Request, TokenLogprobs
-from infer.serve.errors import ApiError, model_not_found
+from infer.serve.errors import ApiError, check_model
 from infer.serve.link import (
     HEADER,
     Abort,
@@ -172,8 +172,7 @@ class EngineClient:
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError (404) unless a request that names this model may be served here; None and "" name none."""
-        if name and name not in self.model_names:
-            raise model_not_found(name, self.model_name)
+        check_model(name, self.model_names)
 
     def start(
         self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None, frames: bytes | None = None

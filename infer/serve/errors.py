@@ -1,6 +1,6 @@
 """Errors as clients get them: an HTTP status and OpenAI's error object. No torch here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_MESSAGE_CHARS = 1000  # of an error's text
@@ -42,6 +42,13 @@ def show(value: Any) -> str:
 def model_not_found(name: str, served: str) -> ApiError:
     message = f"the model {show(name)} does not exist; this server has {served!r}"
     return ApiError(404, message, param="model", code="model_not_found")
+
+
+def check_model(name: str | None, served: Sequence[str]) -> None:
+    """Raises ApiError (404) unless a request that names this model may be served here; None and "" name none. served:
+    at least one name."""
+    if name and name not in served:
+        raise model_not_found(name, served[0])
 
 
 def too_long(num_prompt: int, max_new_tokens: int | None, max_model_len: int) -> ApiError:

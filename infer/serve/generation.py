@@ -4,13 +4,13 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from infer.request import FinishReason, Output, Request
-from infer.serve.client import EngineClient, Job, num_logprobs
+from infer.serve.client import Job, num_logprobs
 from infer.serve.errors import ApiError, bad_request
 from infer.serve.offload import Offload
 from infer.serve.render import Choice, Delta, Prompt, Reply, usage
@@ -30,6 +30,21 @@ T = TypeVar("T")
 logger = logging.getLogger("infer.frontend")
 
 
+class EnginePort(Protocol):
+    """What a generation asks of the engine: EngineClient over a socket, or the engine of this very process."""
+
+    def start(
+        self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None, frames: bytes | None = None
+    ) -> Job:
+        """Hands requests to the engine. Raises ApiError."""
+
+    def drop_choice(self, job: Job, request_id: str, index: int, finish_reason: str = ...) -> None:
+        """The client has all it wants of this choice."""
+
+    def close(self, job: Job) -> None:
+        """Ends whatever of the job is still running."""
+
+
 class Generation:
     """One HTTP request's choices while the engine works on them.
 
@@ -39,7 +54,7 @@ class Generation:
     """
 
     def __init__(
-        self, client: EngineClient, body: SamplingBody, prompts: list[Prompt], requests: list[Request],
+        self, client: EnginePort, body: SamplingBody, prompts: list[Prompt], requests: list[Request],
         tokenizer: Tokenizer, on_overflow: Callable[[], None] | None, timeout_s: float | None = None,
         frames: bytes | None = None,
     ) -> None:  # fmt: skip
@@ -168,15 +183,20 @@ def too_many_logprobs(num_entries: int) -> ApiError:
 
 async def reply_whole(http: web.Request, generation: Generation, reply: Reply, offload: Offload) -> web.StreamResponse:
     """One JSON object, when every choice is done."""
-    while not generation.done:
-        await generation.step()
-    data = await _render_whole(generation, reply, offload)
+    data = await whole_reply(generation, reply, offload)
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
     response.content_length = len(data)
     for start in range(0, len(data), WRITE_BYTES):
         await _write(http, response, data[start : start + WRITE_BYTES])
     await response.write_eof()
     return response
+
+
+async def whole_reply(generation: Generation, reply: Reply, offload: Offload) -> bytes:
+    """The JSON of a reply that is not streamed, when every choice is done. Raises ApiError where one failed."""
+    while not generation.done:
+        await generation.step()
+    return await _render_whole(generation, reply, offload)
 
 
 async def _render_whole(generation: Generation, reply: Reply, offload: Offload) -> bytes:

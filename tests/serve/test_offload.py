@@ -9,10 +9,10 @@ import pytest
 
 from infer.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from infer.serve import generation
-from infer.serve.api import Api
 from infer.serve.chat_format import ChatFormat
 from infer.serve.client import EngineClient, submission
 from infer.serve.generation import Generation
+from infer.serve.intake import Intake
 from infer.serve.link import FrontendConfig, Hello, Outputs
 from infer.serve.offload import INLINE_BYTES, INLINE_CHARS, LONG_CHARS, Offload
 from infer.serve.prompting import Prompting
@@ -152,17 +152,12 @@ def test_making_requests(tokenizer, tokenizer_path, kind, fields, heavy):
 
 @pytest.mark.parametrize(("num_bytes", "heavy"), [(INLINE_BYTES, False), (INLINE_BYTES + 1, True)])
 def test_reading_bodies(tokenizer, tokenizer_path, num_bytes, heavy):
-    class Bodies:
-        async def read(self, request):
-            return b'{"prompt": "x"}'.ljust(num_bytes)
-
     async def scenario(offload):
         config = FrontendConfig(model_path=str(tokenizer_path), tokenizer_path=str(tokenizer_path))
-        api = Api(EngineClient("m"), tokenizer, config)
-        api._bodies, api._offload = Bodies(), offload
-        await api._body(None, CompletionBody)
+        intake = Intake(tokenizer, config, offload)
+        await intake._body(b'{"prompt": "x"}'.ljust(num_bytes), CompletionBody)
         assert offload.heavy == [heavy]
-        api.close()
+        intake.close()
 
     watched(scenario)
 
