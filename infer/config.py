@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,9 +271,12 @@ def check_api_key(key: str, where: str) -> None:
         raise ValueError(f"{where} holds a key that is empty or has other characters than visible ASCII ones")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Adds one flag per field of the config class: `--max-model-len`, and `--no-enable-...` for switches."""
+def add_flags(parser: argparse.ArgumentParser, config_class: type, names: Container[str] | None = None) -> None:
+    """Adds one flag per field of the config class, or of its fields of these names: `--max-model-len`, and
+    `--no-enable-...` for switches."""
     for f in dataclasses.fields(config_class):
+        if names is not None and f.name not in names:
+            continue
         flags = ["--" + f.name.replace("_", "-"), *f.metadata["short"]]
         untold = f.default is None or isinstance(f.default, bool) or f.default == ""
         help = f.metadata["help"] + ("" if untold else f" (default: {f.default})")
@@ -302,8 +305,10 @@ class _Collect(argparse.Action):
 
 
 def from_args(args: argparse.Namespace, config_class: type) -> Any:
-    """The config whose fields stand in parsed arguments. Raises ValueError for values that do not fit."""
-    return config_class(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config_class)})
+    """The config whose fields stand in parsed arguments; those that were given no flag keep their defaults. Raises
+    ValueError for values that do not fit."""
+    names = [f.name for f in dataclasses.fields(config_class)]
+    return config_class(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 class Parser(argparse.ArgumentParser):
