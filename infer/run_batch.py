@@ -105,14 +105,14 @@ class Batch:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._interrupted)
         args, is_restart = self._args, self._env.restart_count > 0  # torchrun's: what came before is to be kept
-        with open_output(args.output_file, args.resume or is_restart) as output:
+        with (
+            open_output(args.output_file, args.resume or is_restart) as output,
+            contextlib.closing(BatchInput(args.input_file, self._server.max_body_bytes, is_restart)) as source,
+        ):
             self._output = output
-            source = BatchInput(args.input_file, self._server.max_body_bytes, is_restart)
-            written = WrittenRows(output)
-            self._total, self._num_done = source.scan(written)
-            self._say_what_is_there(written)
+            fingerprints = self._scan(source, output)
             if self._num_done < self._total:
-                settings = self._prepare(written)
+                settings = self._prepare(fingerprints)
                 tokenizer = Tokenizer.load(settings.tokenizer_path, chat_template=settings.chat_template)
                 engine = self._build()
                 self._answer(engine, settings, source, output, tokenizer)
@@ -124,15 +124,19 @@ class Batch:
                 Process.join(self._env)
         _say(f"{args.output_file}: all {self._total} requests have their rows")
 
-    def _say_what_is_there(self, written: WrittenRows) -> None:
+    def _scan(self, source: BatchInput, output: JsonLines) -> set[str]:
+        """Finds out what is left to do; returns the fingerprints of the rows that are there. Raises ValueError."""
+        written = WrittenRows(output)
+        self._total, self._num_done = source.scan(written)
         if len(written):
             _say(f"{self._num_done} of {self._total} requests have their rows already")
         if len(written) > self._num_done:
-            _say(f"warning: {len(written) - self._num_done} rows of {self._args.output_file} belong to no request here")
+            _say(f"warning: {len(written) - self._num_done} rows of {output.path} belong to no request here")
+        return written.fingerprints
 
     # ------------------------------------------------------------------ the start
 
-    def _prepare(self, written: WrittenRows) -> FrontendConfig:
+    def _prepare(self, fingerprints: set[str]) -> FrontendConfig:
         """Joins the ranks and checks the model against what the output file holds. Raises ValueError."""
         from infer.hub import served_name
         from infer.models.source import tokenizer_path
@@ -149,7 +153,7 @@ class Batch:
         model_path, _ = check(config, self._env.world_size, program)
         names = self._server.served_model_name or (served_name(config.model),)
         settings = frontend_config(config, self._server, names, model_path, tokenizer_path(config, model_path))
-        for other in sorted(written.fingerprints - {settings.system_fingerprint}):
+        for other in sorted(fingerprints - {settings.system_fingerprint}):
             raise ValueError(
                 f"{self._args.output_file}: holds rows of another model or other settings (system_fingerprint {other}, "
                 f"now {settings.system_fingerprint}); give another output file"

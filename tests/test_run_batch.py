@@ -183,7 +183,7 @@ def test_the_flags_are_the_engines_and_those_of_bodies(capsys: pytest.CaptureFix
     assert (args.input_file, args.output_file, args.resume) == ("in", Path("out"), False)
     assert (args.max_logprobs, args.tensor_parallel_size) == (5, 2)
     for flags in (["--port", "8001"], ["--api-key", "k"], []):
-        with pytest.raises(ValueError, match="port|api-key|-o/--output-file"):
+        with pytest.raises(ValueError, match=r"--port|--api-key|-o/--output-file"):
             parse(["-i", "in", "--model", "m", *flags] + (["-o", "out"] if flags else []))
 
 
@@ -502,6 +502,30 @@ def test_a_signal_ends_it_with_what_to_do_next(batch, checkpoint_dirs, tmp_path:
     assert "the batch was cut off: SIGTERM came" in running.log
     assert "run again with --resume" in running.log
     assert 5 <= len(rows(output)) < NUM_ROWS
+
+
+def test_an_engine_that_breaks_ends_it_with_status_1(batch, undisturbed, checkpoint_dirs, tmp_path: Path) -> None:
+    """What had its row keeps it, and nothing else gets one: the rest is for --resume."""
+    output = tmp_path / "out.jsonl"
+    code = (
+        "from infer.engine import loop; from infer import run_batch; whole, steps = loop.Engine._step, []\n"
+        "def step(self):\n"
+        "    steps.append(1)\n"
+        "    if len(steps) > 150: raise RuntimeError('CUDA error: out of luck')\n"
+        "    return whole(self)\n"
+        "loop.Engine._step = step; run_batch.main()\n"
+    )
+    arguments = flags(batch, output, checkpoint_dirs["llama"])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": python_path(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "RuntimeError: CUDA error: out of luck" in done.stderr
+    assert "the batch was cut off: CUDA error: out of luck." in done.stderr
+    found, wanted = answers(output), answers(undisturbed)
+    assert 3 < len(found) < NUM_ROWS
+    assert found == {name: wanted[name] for name in found}
 
 
 @pytest.mark.slow
