@@ -80,7 +80,7 @@ class BatchInput:
         from another request.
         """
         first_lines: dict[bytes, int] = {}  # by the digest of a custom_id
-        num_done = 0
+        self._done, num_done = bytearray(), 0
         for request in map(parse_line, self._lines()):
             if request.custom_id is not None:
                 first = first_lines.setdefault(_digest(request.custom_id.encode()), request.number)

@@ -70,7 +70,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         from infer.config_file import add_config_file  # YAML's reader is not imported for nothing
 
         add_config_file(parser, argv)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if str(args.output_file) == "-":
+        raise ValueError("-o must be a file, not -: --resume finds in it what is done")
+    return args
 
 
 def _follow(env: launch.RankEnv) -> NoReturn:

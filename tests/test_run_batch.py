@@ -168,7 +168,8 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     writer.start()
     source, counts = scan(fifo, tmp_path / "out")
     writer.join()
-    assert counts == (2, 0)
+    with JsonLines(tmp_path / "out") as file:
+        assert counts == source.scan(WrittenRows(file)) == (2, 0)
     assert [request.custom_id for request in source.left()] == ["a", "b"]
     both_ends = os.open(fifo, os.O_RDWR)  # so that opening it waits for nobody
     with pytest.raises(ValueError, match="cannot be read a second time after a restart"):
@@ -178,10 +179,12 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
         BatchInput(str(tmp_path / "missing"), MAX_LINE)
 
 
-def test_the_flags_are_the_engines_and_those_of_bodies(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flags_are_the_engines_and_those_of_bodies() -> None:
     args = parse(["-i", "in", "-o", "out", "--model", "m", "--max-logprobs", "5", "-tp", "2"])
     assert (args.input_file, args.output_file, args.resume) == ("in", Path("out"), False)
     assert (args.max_logprobs, args.tensor_parallel_size) == (5, 2)
+    with pytest.raises(ValueError, match="-o must be a file"):
+        parse(["-i", "in", "-o", "-", "--model", "m"])
     for flags in (["--port", "8001"], ["--api-key", "k"], []):
         with pytest.raises(ValueError, match=r"--port|--api-key|-o/--output-file"):
             parse(["-i", "in", "--model", "m", *flags] + (["-o", "out"] if flags else []))
