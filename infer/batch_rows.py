@@ -56,7 +56,10 @@ class LocalEngine:
             self._fewer.clear()
             await self._fewer.wait()
 
-    def start(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None) -> Job:
+    def start(
+        self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None, frames: bytes | None = None
+    ) -> Job:
+        """frames: what a socket would take instead."""
         job = Job(requests, on_overflow)
         for request in requests:
             self._jobs[request.request_id] = job

@@ -31,6 +31,7 @@ from infer.serve.text import Tokenizer
 
 if TYPE_CHECKING:
     from infer.engine.loop import Engine
+    from infer.process import Process
 
 # Of the server's flags those that change what a body means, or what may stand in it.
 SERVER_FLAGS = (
@@ -99,6 +100,8 @@ class Batch:
         self._server: ServerConfig = from_args(args, ServerConfig)
         # To the engine's thread: Submit and Abort, and at the end None, or why the requests' thread failed.
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._program = f"-m infer.run_batch {shlex.join(sys.argv[1:])}"
+        self._process: Process | None = None
         self._output: JsonLines | None = None
         self._deliver: Callable[[list[Output]], object]
         self._total = self._num_done = 0
@@ -113,18 +116,16 @@ class Batch:
             contextlib.closing(BatchInput(args.input_file, self._server.max_body_bytes, is_restart)) as source,
         ):
             self._output = output
+            if self._env.world_size > 1:  # the other ranks would not wait for ever, and the files may be long
+                self._join()
             fingerprints = self._scan(source, output)
             if self._num_done < self._total:
+                self._join()
                 settings = self._prepare(fingerprints)
                 tokenizer = Tokenizer.load(settings.tokenizer_path, chat_template=settings.chat_template)
                 engine = self._build()
                 self._answer(engine, settings, source, output, tokenizer)
-                engine.close()
-                self._process.engine = None
-            elif self._env.world_size > 1:  # the other ranks have joined, and end with this one
-                from infer.process import Process
-
-                Process.join(self._env)
+                self._close(engine)
         _say(f"{args.output_file}: all {self._total} requests have their rows")
 
     def _scan(self, source: BatchInput, output: JsonLines) -> set[str]:
@@ -139,23 +140,34 @@ class Batch:
 
     # ------------------------------------------------------------------ the start
 
-    def _prepare(self, fingerprints: set[str]) -> FrontendConfig:
-        """Joins the ranks and checks the model against what the output file holds. Raises ValueError."""
-        from infer.hub import served_name
-        from infer.models.source import tokenizer_path
+    def _join(self) -> None:
+        """Joins the other ranks, if that is still to be done. Raises ValueError for a layout that does not fit."""
         from infer.parallel.topology import Topology
-        from infer.serve.options import frontend_config
 
-        config, program = self._config, f"-m infer.run_batch {shlex.join(sys.argv[1:])}"
-        Topology.resolve(self._env.world_size, config.tensor_parallel_size, config.pipeline_parallel_size, program)
+        if self._process is not None:
+            return
+        config = self._config
+        Topology.resolve(
+            self._env.world_size, config.tensor_parallel_size, config.pipeline_parallel_size, self._program
+        )
         with launch.lasting_imports():
-            from infer.engine.startup import check
             from infer.process import Process
 
         self._process = Process.join(self._env)
-        model_path, _ = check(config, self._env.world_size, program)
-        names = self._server.served_model_name or (served_name(config.model),)
-        settings = frontend_config(config, self._server, names, model_path, tokenizer_path(config, model_path))
+        self._process.world.watchdog.phase("reading the batch", slow=True)
+        self._process.world.watchdog.before_end(lambda: self._last_words("a rank was lost"))
+
+    def _prepare(self, fingerprints: set[str]) -> FrontendConfig:
+        """Checks the model, also against what the output file holds. Raises ValueError."""
+        from infer.engine.startup import check
+        from infer.hub import served_name
+        from infer.models.source import tokenizer_path
+        from infer.serve.options import frontend_config
+
+        model_path, _ = check(self._config, self._env.world_size, self._program)
+        names = self._server.served_model_name or (served_name(self._config.model),)
+        tokenizer_directory = tokenizer_path(self._config, model_path)
+        settings = frontend_config(self._config, self._server, names, model_path, tokenizer_directory)
         for other in sorted(fingerprints - {settings.system_fingerprint}):
             raise ValueError(
                 f"{self._args.output_file}: holds rows of another model or other settings (system_fingerprint {other}, "
@@ -167,6 +179,7 @@ class Batch:
         from infer.engine.loop import Engine
 
         process = self._process
+        assert process is not None, "the ranks were joined"
         process.num_engines += 1
         process.engine = Engine(process.world, process.courier, self._config, number=process.num_engines)
         return process.engine
@@ -228,18 +241,32 @@ class Batch:
 
     # ------------------------------------------------------------------ the end
 
+    def _close(self, engine: "Engine") -> None:
+        engine.close()
+        assert self._process is not None, "the ranks were joined"
+        self._process.engine = None
+
     def _interrupted(self, number: int, frame: object) -> None:
         self._end(f"{signal.Signals(number).name} came", 128 + number)
 
     def _fail(self, error: Exception) -> NoReturn:
         from infer.engine.loop import RankLost
 
-        if not isinstance(error, (RankLost, OSError, ValueError)):
+        if isinstance(error, RankLost) and self._process is not None:
+            self._process.world.watchdog.lost(str(error))  # which finds out who, and has the last words said
+        if not isinstance(error, (OSError, ValueError)):
             traceback.print_exception(error)
         self._end(str(error) or type(error).__name__, 1)
 
     def _end(self, reason: str, status: int) -> NoReturn:
-        """Ends this process at once. Rows that are ready are written; the rest is for the next run."""
+        """Ends this process at once; the other ranks end with it."""
+        if self._process is not None:
+            self._process.world.watchdog.stand_down()
+        self._last_words(reason)
+        os._exit(status)
+
+    def _last_words(self, reason: str) -> None:
+        """Has the rows written that are ready. The rest is for the next run."""
         if self._output is not None:
             with contextlib.suppress(OSError):  # which the reason tells
                 self._output.flush()
@@ -247,7 +274,6 @@ class Batch:
             f"the batch was cut off: {reason}. {self._args.output_file} has the rows so far; "
             "run again with --resume (a restart by torchrun does so itself)"
         )
-        os._exit(status)
 
 
 def _hello(engine: "Engine", settings: FrontendConfig) -> Hello:

@@ -544,6 +544,8 @@ def test_torchruns_restart_goes_on(batch, undisturbed: Path, checkpoint_dirs, tm
         running.wait_for_rows(output, count)
         os.kill(running.rank_pid(rank), signal.SIGKILL)
     assert running.process.wait(90) == 0, running.log
+    assert running.log.count("the batch was cut off: ") == 1, "rank 0 said so when rank 1 was lost"
+    assert running.log.count("requests have their rows already") == 2
     assert answers(output) == answers(undisturbed)
 
 
