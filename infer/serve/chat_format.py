@@ -2,8 +2,10 @@
 
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from infer.serve import reasoning, tools
@@ -78,10 +80,21 @@ class SpecialTexts:
     """Texts of special tokens, ready to be looked for."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        longest_first = sorted({text for text in texts if text}, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.beginnings = frozenset(text[:end] for text in longest_first for end in range(1, len(text)))
-        self.longest = max(map(len, longest_first), default=0)
+        texts = {text for text in texts if text}
+        self.pattern = re.compile(_longest_of(texts) if texts else r"(?!)")
+        self.beginnings = frozenset(text[:end] for text in texts for end in range(1, len(text)))
+        self.firsts = frozenset(text[0] for text in texts)
+        self.longest = max(map(len, texts), default=0)
+
+
+def _longest_of(texts: Collection[str]) -> str:
+    """A pattern for the longest of the texts that comes next: what they begin with in common stands there once, so that
+    a text is told from hundreds of them at its first characters."""
+    first, last = min(texts), max(texts)
+    common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    rests = sorted(text[common:] for text in texts)
+    groups = [_longest_of(list(group)) for _, group in groupby(filter(None, rests), itemgetter(0))]
+    return re.escape(first[:common]) + (f"(?:{'|'.join(groups)})" + ("" if rests[0] else "?") if groups else "")
 
 
 class SpecialTextFilter:
@@ -98,8 +111,9 @@ class SpecialTextFilter:
             kept.append(text[end : match.start()])
             end = match.end()
         rest = text[end:]
-        most = min(self._texts.longest - 1, len(rest))
-        cut = next((len(rest) - n for n in range(most, 0, -1) if rest[-n:] in self._texts.beginnings), len(rest))
+        most, cut = min(self._texts.longest - 1, len(rest)), len(rest)
+        if not self._texts.firsts.isdisjoint(rest[len(rest) - most :]):
+            cut = next((len(rest) - n for n in range(most, 0, -1) if rest[-n:] in self._texts.beginnings), cut)
         self._held = rest[cut:]
         return "".join(kept) + rest[:cut]
 

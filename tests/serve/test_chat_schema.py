@@ -333,6 +333,12 @@ def test_markers_that_are_special_tokens():
         assert [call.name for call in delta.calls] == (["get_time"] if calls else [])
 
 
+def test_of_special_texts_the_longest_counts():
+    texts = ["<|a|>", "<|a", "<|b_1|>", "<|b_10|>", "<s>", "</s>", "+"]
+    found = SpecialTextFilter(SpecialTexts(texts))
+    assert found.feed("x<|a|>y<|a<|b_10|>z<|b_1|><|b_<s></s>+</s") + found.finish() == "xyz<|b_</s"
+
+
 def test_special_texts_in_pieces():
     texts = SpecialTexts(["<s>", "<|im_end|>", "<|im_x|>"])
     for text in ("a<s>b", "<|im_<|im_end|>end|>", "a<|im_", "<<s><|im_x|>|", "<|im_end|"):

@@ -23,7 +23,7 @@ _SPACE = r"[ \t\n\r]*+"
 _IN_STRING = r'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+'
 _KEY_COLON = rf'"{_IN_STRING}"{_SPACE}:{_SPACE}'
 _FLAT = rf'(?:"{_IN_STRING}"|{NUMBER.pattern}|true|false|null|\[{_SPACE}\]|\{{{_SPACE}\}})'
-_NESTED = 2  # levels of brackets in a value that one expression reads
+_NESTED = 3  # levels of brackets in a value that one expression reads
 
 
 def _value_pattern(levels: int) -> str:
@@ -31,7 +31,9 @@ def _value_pattern(levels: int) -> str:
     if levels == 0:
         return _FLAT
     inner = _value_pattern(levels - 1)
-    items, members = (f"(?:{one}{_SPACE},{_SPACE})*+{one}{_SPACE}" for one in (inner, _KEY_COLON + inner))
+    items, members = (
+        rf"(?:{one}{_SPACE}(?:(?=[\]}}])|,{_SPACE}(?![\]}}])))++" for one in (inner, _KEY_COLON + inner)
+    )
     return rf"(?:{_FLAT}|\[{_SPACE}{items}\]|\{{{_SPACE}{members}\}})"
 
 
@@ -87,14 +89,14 @@ class JsonScanner:
                 if at < len(text):
                     self._end_word()
             else:
-                if self._expect < _Expect.ESCAPED:
+                if self._expect < _Expect.COLON or (self._expect < _Expect.IN_STRING and text[at] in " \t\n\r"):
                     at = self._run(text, at)
                 if at < len(text):
                     at += self._step(text[at])
         return at
 
     def _run(self, text: str, at: int) -> int:
-        """Where the white space ends, and the members of the innermost array or object that are whole."""
+        """Where the white space ends, and the next members of the innermost array or object that are whole."""
         expect, pattern = self._expect, _WHITE
         in_array = bool(self._stack) and self._stack[-1] == "]"
         if len(self._stack) + _NESTED < MAX_DEPTH:

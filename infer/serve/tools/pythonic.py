@@ -23,7 +23,7 @@ _OPENING = Markers((START,), at_line=("[",), then=_THEN)
 _SIMPLE = re.compile(
     r"""(?:[^()\[\]{}"']++|'(?!')(?:[^'\\]++|\\.)*+'|"(?!")(?:[^"\\]++|\\.)*+")*+""", re.DOTALL
 )
-_IN_QUOTES = {quote: re.compile(rf"[^{quote}\\]*") for quote in "\"'"}
+_IN_QUOTES = {quote: re.compile(rf"(?:[^{quote}\\]++|\\.)*+", re.DOTALL) for quote in "\"'"}
 
 
 class PythonicParser(ToolParser):

@@ -139,7 +139,7 @@ class Source:
         assert self._at >= (self._mark or 0)
 
     def run(self, pattern: re.Pattern[str], most: int | None = None) -> Reading[str]:
-        """As many characters as the pattern takes, which takes each by itself; at most so many. May be none."""
+        """As many characters as the pattern takes, however the text is divided; at most so many. May be none."""
         read, left = [], most
         while True:
             found = pattern.match(self._text, self._at)
