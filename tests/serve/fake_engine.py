@@ -130,7 +130,8 @@ class FakeEngine:
         if index == 0 and done == 0 and params.prompt_logprobs is not None:
             prompt_logprobs = [None, *(logprobs(token, params.prompt_logprobs) for token in prompt[1:])]
         return Output(
-            request_id=request_id, index=index, token_ids=tokens, finish_reason=finish, num_cached_tokens=1,
+            request_id=request_id, index=index, token_ids=tokens, token_index=done, finish_reason=finish,
+            num_cached_tokens=1,
             logprobs=None if params.logprobs is None else [logprobs(token, params.logprobs) for token in tokens],
             prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
