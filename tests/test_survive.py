@@ -83,7 +83,7 @@ class Stream:
                 self.finish[index] = choice["finish_reason"]
 
 
-def body(prompt: str, **fields: object) -> dict:
+def body(prompt: str | list[int], **fields: object) -> dict:
     common = {
         "model": NAME, "prompt": prompt, "stream": True, "return_token_ids": True, "max_tokens": 64,
         "stream_options": {"include_usage": True}, "temperature": 0.8,
@@ -182,7 +182,7 @@ async def until_restarting(session: aiohttp.ClientSession, url: str) -> None:
 @pytest.mark.slow
 def test_two_crashes_in_a_row_end_the_suspect_alone() -> None:
     """A long prompt is still computed when the engine dies, and again when the next does; another request goes on."""
-    poison = body("x", prompt=[7] * 1000, max_tokens=8)
+    poison = body([7] * 1000, max_tokens=8)
     # So few tokens a batch that the prompt takes seconds.
     with server(*MODEL, "--max-num-batched-tokens", 16, "--no-enable-prefix-caching", ranks=1, restarts=3) as running:
 
