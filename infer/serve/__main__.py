@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("infer.serve")
 
 PORT_WAIT_SECONDS = 15.0  # after a restart: how long the port may still be held by our previous frontend
+NEW_PORT_WAIT_SECONDS = 2.0  # and by that of a torchrun that has just ended
 FRONTEND_RESTARTS = 3  # in a row, each within a minute of the last
 SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes
 
@@ -232,6 +233,8 @@ class Server:
 
         self._frontend_starts.append(time.monotonic())
         port_wait = PORT_WAIT_SECONDS if self._env.restart_count else 0.0
+        if self._env.under_torchrun:
+            port_wait = max(port_wait, NEW_PORT_WAIT_SECONDS)
         settings = frontend_config(self._config, self._server, self._names, model_path, tokenizer_path, port_wait)
         settings = dataclasses.replace(settings, identity=identity(self._config, settings))
         self._frontend = Attachment(self._env, settings, self._inbox.put)

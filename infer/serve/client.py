@@ -90,6 +90,11 @@ class EngineClient:
         return self.model_names[0]
 
     @property
+    def has_engine(self) -> bool:
+        """Whether one is connected, ready or not."""
+        return self._writer is not None
+
+    @property
     def num_queued(self) -> int:
         """Prompts that wait for their first token."""
         return len(self._queued)

@@ -170,7 +170,7 @@ class Frontend:
         loop.remove_reader(fd)
         os.close(fd)
         # The engine's socket ends at the same time; what still waits there may hold last outputs and a better reason.
-        loop.call_later(0.5, self._end, gone, 1)
+        loop.call_later(0.5 if self._client.has_engine else 0.0, self._end, gone, 1)
 
     async def _announce(self, where: str) -> None:
         """One line when requests can come."""

@@ -228,6 +228,18 @@ def test_it_ends_with_torchrun(start, tokenizer):
         engine.close()
 
 
+def test_twenty_restarts_leave_nothing_behind(start, tokenizer):
+    handle = start()
+    before = []
+    for generation in range(20):
+        engine = engine_for(handle, tokenizer, generation)
+        assert Call(handle.port, prompt="hello", max_tokens=2).result()["usage"]["completion_tokens"] == 2
+        before.append(len(os.listdir(f"/proc/{handle.pid}/fd")))
+        engine.close()
+        wait_until(lambda: not is_ready(handle.port))
+    assert max(before[10:]) <= max(before[:10]), before
+
+
 def test_comments_keep_a_silent_stream_alive(start, tokenizer):
     handle = start()
     engine = engine_for(handle, tokenizer, delay=0.02)
