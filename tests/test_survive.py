@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -252,3 +253,48 @@ def test_the_frontend_ends_once_the_restarts_are_used_up() -> None:
         (stream,) = asyncio.run(stream_all(running.url, [long], kill))
         assert stream.error is not None and "torchrun" in stream.error["message"]
         running.wait_gone(10)
+
+
+@pytest.mark.slow
+def test_killed_again_while_it_starts() -> None:
+    """The second generation dies before it serves; that is no request's fault."""
+
+    async def kill_twice(streams: list[Stream]) -> None:
+        await kill_when_tokens_flow(running, 0, 60)(streams)
+        while "requests wait for the next" not in running.log or not running.pids("-m infer.serve --port"):
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(1.0)  # into the imports, or what comes after
+        os.kill(running.rank_pid(1), signal.SIGKILL)
+
+    with server(*MODEL, "-pp", 2, ranks=2, restarts=3) as running:
+        undisturbed = asyncio.run(stream_all(running.url, BODIES[:4]))
+        check_same(undisturbed, asyncio.run(stream_all(running.url, BODIES[:4], kill_twice)))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments() -> None:
+    """Four ranks, 16 streams, one of the ranks killed at any time; INFER_TEST_KILLS of them, one after the other."""
+    num_kills = int(os.environ.get("INFER_TEST_KILLS", "3"))
+    seed = int(os.environ.get("INFER_TEST_SEED", "0")) or random.randrange(1 << 30)
+    print(f"INFER_TEST_SEED={seed}")
+    chance = random.Random(seed)
+    bodies = [{**fields, "seed": i} for i, fields in enumerate(BODIES * 2)]
+
+    def kill_soon(rank: int):
+        async def kill(streams: list[Stream]) -> None:
+            await asyncio.sleep(chance.uniform(0.0, 0.9 * seconds))
+            print(f"rank {rank} killed after {sum(stream.num_tokens for stream in streams)} tokens", end=", ")
+            os.kill(running.rank_pid(rank), signal.SIGKILL)
+
+        return kill
+
+    with server(*MODEL, "-tp", 2, "-pp", 2, ranks=4, restarts=num_kills) as running:
+        started = time.monotonic()
+        undisturbed = asyncio.run(stream_all(running.url, bodies))
+        seconds = time.monotonic() - started
+        for number in range(num_kills):
+            streams = asyncio.run(stream_all(running.url, bodies, kill_soon(number % 4)))
+            check_same(undisturbed, streams)
+            print(f"the longest gap: {max(stream.longest_gap for stream in streams):.1f} s")
+            while not running.is_healthy():
+                time.sleep(0.1)
