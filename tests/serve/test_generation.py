@@ -158,9 +158,16 @@ def test_what_one_frame_brings_comes_once_and_whole(tokenizer):
         request = Request(request_id="r", prompt_token_ids=[65], params=SamplingParams(n=16), seed=1)
         work = Generation(engine, body, [Prompt([65])], [request], tokenizer, None)
         items = [
-            Output(request_id="r", index=index, token_ids=[token_id]) for token_id in token_ids for index in range(16)
+            Output(request_id="r", index=index, token_ids=[token_id], token_index=at)
+            for at, token_id in enumerate(token_ids)
+            for index in range(16)
         ]
-        ends = [Output(request_id="r", index=i, token_ids=[2], finish_reason=FinishReason.STOP) for i in range(16)]
+        ends = [
+            Output(
+                request_id="r", index=i, token_ids=[2], token_index=len(token_ids), finish_reason=FinishReason.STOP
+            )
+            for i in range(16)
+        ]  # fmt: skip
         engine._receive(Outputs(items=items + ends))
         reply = ChatReply("i", "m", tokenizer, body)
         data = await generation._render_events(body, work, reply, Offload(), await work.step())
@@ -191,6 +198,9 @@ class EndlessGeneration:
         self.done = False
         self.job = Job([one_request()], None)
         self._choice = Choice(0, Prompt([65]), one_request(), tokenizer)
+
+    async def wait(self, seconds):
+        return True
 
     async def step(self):
         return [(self._choice, Delta("a"))]
