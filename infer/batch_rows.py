@@ -14,10 +14,10 @@ from tqdm import tqdm
 from infer.batch_file import URLS, BatchInput, BatchRequest, encode_row
 from infer.jsonl import JsonLines
 from infer.request import FinishReason, Output, Request
-from infer.serve.client import Job
 from infer.serve.errors import ApiError, bad_request
 from infer.serve.generation import JSON, Generation, whole_reply
 from infer.serve.intake import Intake
+from infer.serve.job import Job
 from infer.serve.link import Abort, FrontendConfig, Hello, Submit
 from infer.serve.offload import Offload
 from infer.serve.schema import SamplingBody
@@ -49,6 +49,10 @@ class LocalEngine:
         self._waiting: set[str] = set()  # of these, requests without a token; a subset of _jobs
         self._fewer = asyncio.Event()
         self.num_tokens = 0  # generated so far
+
+    @property
+    def is_restarting(self) -> bool:
+        return False  # this process ends with its engine
 
     async def room(self) -> None:
         """Waits while as many prompts wait as may. Those of one row go together, however many they are."""

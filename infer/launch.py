@@ -92,13 +92,13 @@ def _integer(
 # ------------------------------------------------------------------------------------------ files shared by one's ranks
 
 
-def private_directory() -> Path:
-    """A directory on this host for files of this user's ranks only, mode 0700.
+def private_directory(parent: Path | None = None) -> Path:
+    """A directory on this host for files of this user's ranks only, mode 0700. parent: default the temporary directory.
 
     OSError where a directory of that name is not this user's alone: in a world-writable place somebody else may have
     made it first.
     """
-    path = Path(tempfile.gettempdir()) / f"infer-{os.getuid()}"
+    path = (parent or Path(tempfile.gettempdir())) / f"infer-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     status = path.lstat()  # not stat: a symbolic link is not to be followed
@@ -122,7 +122,7 @@ def _start_time(pid: int) -> int:
     return int(status.rpartition(")")[2].split()[19])
 
 
-def _is_alive(key: str) -> bool:
+def is_alive(key: str) -> bool:
     """Whether the process of a process_key still runs."""
     pid = int(key.partition("-")[0])
     try:
@@ -186,7 +186,7 @@ def _sweep(directory: Path) -> None:
     """Remove the markers of agents that are gone."""
     for path in directory.glob(f"{MARKER_PREFIX}*"):
         key = path.name.removeprefix(MARKER_PREFIX)
-        if key.replace("-", "", 1).isdecimal() and not _is_alive(key):
+        if key.replace("-", "", 1).isdecimal() and not is_alive(key):
             path.unlink(missing_ok=True)
 
 

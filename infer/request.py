@@ -242,6 +242,9 @@ class Request(msgspec.Struct, kw_only=True):
     eos_token_ids: the model's end tokens; ignored with params.ignore_eos. bad_words_token_ids: the token sequences of
     params.bad_words, from Tokenizer.bad_words_token_ids. priority: the lowest runs first, under the scheduling policy
     `priority`. cache_salt: cached prefixes are shared only between requests of the same salt.
+
+    output_token_ids: set for a request that another engine has begun: the choices that are not done, with their tokens
+    so far. They count as output in every way, and generation goes on behind them; other choices do not run.
     """
 
     request_id: str
@@ -252,6 +255,12 @@ class Request(msgspec.Struct, kw_only=True):
     bad_words_token_ids: list[list[int]] = []
     priority: int = 0
     cache_salt: str | None = None
+    output_token_ids: dict[int, list[int]] | None = None
+
+    @property
+    def choices(self) -> list[int]:
+        """The choices that the engine is to run."""
+        return list(range(self.params.n)) if self.output_token_ids is None else sorted(self.output_token_ids)
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -266,16 +275,18 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
 class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one step gave one choice of a request.
 
-    token_ids: the new tokens. logprobs: one entry a new token where asked for. prompt_logprobs: all of the prompt's,
-    once (choice 0, with its first token); entry 0 is None because the first token has no predecessor. finish_reason
-    set: the choice is done; stop_reason is the stop token that ended it (None for an end-of-sequence token). error: a
-    sentence, with finish_reason `error`. queue_seconds: with a choice's first output, how long it waited to be
-    scheduled for the first time.
+    token_ids: the new tokens. token_index: how many the choice had before, those another engine drew included, so that
+    a receiver can tell a token it has from one it lacks. logprobs: one entry a new token where asked for.
+    prompt_logprobs: all of the prompt's, once (choice 0, with its first token); entry 0 is None because the first token
+    has no predecessor. finish_reason set: the choice is done; stop_reason is the stop token that ended it (None for an
+    end-of-sequence token). error: a sentence, with finish_reason `error`. queue_seconds: with a choice's first output,
+    how long it waited to be scheduled for the first time.
     """
 
     request_id: str
     index: int = 0
     token_ids: list[int] = []
+    token_index: int = 0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
@@ -289,6 +300,25 @@ def check_prompt(token_ids: list[int], params: SamplingParams, vocab_size: int, 
     """Raises ValueError unless the model can take this prompt with these parameters."""
     check_token_ids(token_ids, vocab_size, max_model_len)
     params.check_vocabulary(vocab_size)
+
+
+def check_request(request: Request, vocab_size: int, max_model_len: int) -> None:
+    """Raises ValueError unless the model can take this request, and go on from where another engine left it."""
+    params, num_prompt = request.params, len(request.prompt_token_ids)
+    check_prompt(request.prompt_token_ids, params, vocab_size, max_model_len)
+    if request.output_token_ids is None:
+        return
+    if not request.output_token_ids:
+        raise ValueError("output_token_ids names no choice to go on with")
+    limit = max_model_len - num_prompt
+    limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
+    for choice, tokens in request.output_token_ids.items():
+        if not 0 <= choice < params.n:
+            raise ValueError(f"output_token_ids holds choice {choice}; the request has choices 0 to {params.n - 1}")
+        if len(tokens) >= limit:
+            raise ValueError(f"choice {choice} has {len(tokens)} tokens already; it ends with {limit}")
+        if tokens:
+            check_token_ids(tokens, vocab_size, max_model_len)
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int, max_model_len: int) -> None:

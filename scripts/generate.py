@@ -1,7 +1,7 @@
 """A batch script: every prompt of a file (one a line), completed over all ranks.
 
     python scripts/generate.py prompts.txt
-    torchrun --nproc-per-node 4 scripts/generate.py prompts.txt --pipeline-parallel-size 2
+    torchrun --nproc-per-node 4 --max-restarts 10 scripts/generate.py prompts.txt --pipeline-parallel-size 2
 
 Rank 0 goes on past LLM(...); the other ranks serve inside it and end with rank 0.
 """

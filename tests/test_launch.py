@@ -170,11 +170,11 @@ def test_process_key_of_a_strange_name(tmp_path):
     with subprocess.Popen([str(sleeper), "60"]) as process:
         try:
             key = launch.process_key(process.pid)
-            assert key == launch.process_key(process.pid) and launch._is_alive(key)
+            assert key == launch.process_key(process.pid) and launch.is_alive(key)
             assert not key.endswith("-0") or not sys.platform.startswith("linux")
         finally:
             process.kill()
-    assert not launch._is_alive(key)
+    assert not launch.is_alive(key)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
@@ -190,7 +190,7 @@ def test_a_rank_dies_with_its_agent(tmp_path):
         key = launch.process_key(pid)
         agent.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while launch._is_alive(key) and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+    while launch.is_alive(key) and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the rank outlived its agent"
         time.sleep(0.02)
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import aiohttp
+import pytest
 from serving import SMOLLM2, Server, interrupt, server
 from worlds import ROOT, free_port
 
@@ -131,21 +132,24 @@ async def _leave_early(url: str) -> None:
 
 
 def test_the_server_comes_back_after_a_rank_was_killed() -> None:
-    """torchrun starts the ranks again; the new rank 0 takes the port that the old frontend gives up."""
+    """torchrun starts the ranks again; the new rank 0 finds the frontend of the old one."""
     with server(*MODEL, "-pp", 2, ranks=2, restarts=2) as running:
         _check_basics(running)
+        frontend = running.pids("infer.serve.frontend")
         for generation, rank in enumerate((1, 0), start=1):
             os.kill(running.rank_pid(rank), signal.SIGKILL)
             deadline = time.monotonic() + 60
-            while running.log.count("Serving SmolLM2-135M-Instruct on") <= generation or not running.is_healthy():
+            while running.log.count("An engine is there again") < generation or not running.is_healthy():
                 assert time.monotonic() < deadline, running.log
                 time.sleep(0.1)
             _check_basics(running)
+        assert running.pids("infer.serve.frontend") == frontend
 
 
-def test_another_frontend_after_the_first_died() -> None:
-    """Rank 0 starts another frontend and says what was lost."""
-    with server(*MODEL, ranks=None) as running:
+@pytest.mark.parametrize("ranks", [None, 1])
+def test_another_frontend_after_the_first_died(ranks: int | None) -> None:
+    """Rank 0, without torchrun and with it, starts another frontend and says what was lost."""
+    with server(*MODEL, ranks=ranks) as running:
         (frontend,) = running.pids("infer.serve.frontend")
         os.kill(frontend, signal.SIGKILL)
         deadline = time.monotonic() + 30

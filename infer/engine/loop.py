@@ -99,7 +99,9 @@ class Engine:
     """
 
     def __init__(self, world: World, courier: Courier, config: EngineConfig, *, number: int = 0,
-                 is_server: bool = False, progress: Callable[[str], None] | None = None):  # fmt: skip
+                 is_server: bool = False, progress: Callable[[str], None] | None = None,
+                 started: Callable[[list[str]], None] | None = None):  # fmt: skip
+        """progress: told each phase of the start. started: told, before they first run, which requests do."""
         topology = Topology.resolve(world.size, config.tensor_parallel_size, config.pipeline_parallel_size)
         self._world, self._courier, self._topology = world, courier, topology
         courier.idle_seconds = min(IDLE_SECONDS, config.distributed_timeout_seconds / 4)
@@ -127,6 +129,7 @@ class Engine:
             self._receiver.start()
         self._clock = Clock()
         self._heartbeats = Heartbeats(world.store, self._name, topology)  # all have beaten: they are ready
+        self._started = started
         self._step_tokens: deque[int] = deque(maxlen=MAX_STEPS_TOLD)  # of the steps that no stats_message() told of
         self._reported = 0.0
         self._last_step = 0
@@ -140,7 +143,7 @@ class Engine:
     # ------------------------------------------------------------------ requests
 
     def submit(self, request: Request) -> None:
-        """Queues a request whose prompt was checked (`check_prompt`)."""
+        """Queues a request that was checked (`check_request`)."""
         self.scheduler.add(request)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
@@ -197,6 +200,8 @@ class Engine:
         if self._world.size > 1 and now - self._reported > REPORT_SECONDS:
             batch.report, self._reported = True, now
         self._step_tokens.append(batch.num_tokens)
+        if (started := self.scheduler.take_started()) and self._started is not None:
+            self._started(started)
         self._last_step = batch.step
         self._world.watchdog.progress(batch.step)
         self._courier.send_batch(batch)

@@ -90,18 +90,19 @@ class Scheduler:
         self._in_flight: deque[tuple[int, _Plan]] = deque()
         self._choices: dict[str, dict[int, Sequence]] = {}  # request id -> its unfinished choices
         self._freed: list[int] = []
+        self._started: list[str] = []
         self._next_seq_id = self._num_arrived = 0
         self._step = 0
 
     # ------------------------------------------------------------------ requests
 
     def add(self, request: Request) -> None:
-        """Queues every choice of a request whose prompt was checked (`check_prompt`)."""
+        """Queues the choices of a request that was checked (`check_request`)."""
         if request.request_id in self._choices:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self._choices[request.request_id] = {}
         now = self._clock()
-        for choice in range(request.params.n):
+        for choice in request.choices:
             sequence = Sequence(self._next_seq_id, request, choice, self.max_model_len, self._num_arrived, now)
             self._next_seq_id = (self._next_seq_id + 1) % (1 << 31)
             self._num_arrived += 1
@@ -122,6 +123,12 @@ class Scheduler:
             self.waiting.append(sequence)
         else:
             insort(self.waiting, sequence, key=attrgetter("order"))
+
+    def take_started(self) -> list[str]:
+        """Requests with a choice that ran for the first time in the batches since the last call; an id may be there
+        for each of its choices."""
+        started, self._started = self._started, []
+        return started
 
     @property
     def has_work(self) -> bool:
@@ -235,8 +242,10 @@ class Scheduler:
         if sequence.started:
             return  # resumed after preemption
         sequence.started = True
+        self._started.append(sequence.request.request_id)
         sequence.queue_seconds = self._clock() - sequence.arrived_at
-        sequence.num_cached = num_cached
+        # Of a prompt that another engine has computed, the client was told then.
+        sequence.num_cached = 0 if sequence.num_generated else num_cached
         self.stats.num_prompt_tokens += sequence.num_prompt
         if self.enable_prefix_caching:
             self.stats.prefix_cache_queries += sequence.num_prompt
@@ -371,8 +380,9 @@ class Scheduler:
     def _output(self, sequence: Sequence) -> Output:
         """What every output of a sequence says, and what its first says besides. Before its token is counted."""
         output = Output(
-            request_id=sequence.request.request_id, index=sequence.choice, num_cached_tokens=sequence.num_cached
-        )
+            request_id=sequence.request.request_id, index=sequence.choice, token_index=sequence.num_generated,
+            num_cached_tokens=sequence.num_cached,
+        )  # fmt: skip
         if sequence.num_generated == 0:
             output.queue_seconds = sequence.queue_seconds
             if sequence.wants_prompt_logprobs:

@@ -15,8 +15,8 @@ class Sequence:
         self.order = (request.priority, arrival)  # the lowest runs first, the highest is preempted
         self.arrived_at, self.queue_seconds = now, 0.0
         self.params = request.params
-        self.tokens = list(request.prompt_token_ids)
-        self.num_prompt = len(self.tokens)
+        self.num_prompt = len(request.prompt_token_ids)
+        self.tokens = [*request.prompt_token_ids, *(request.output_token_ids or {}).get(choice, ())]
         limit = self.params.max_tokens if self.params.max_tokens is not None else max_model_len
         self.max_len = min(self.num_prompt + limit, max_model_len)
         # A grammar lets an end token come despite ignore_eos only once nothing else can.

@@ -57,4 +57,4 @@ class Topology:
 
 
 def _launch(num_ranks: int) -> str:
-    return "python" if num_ranks == 1 else f"torchrun --nproc-per-node {num_ranks}"
+    return "python" if num_ranks == 1 else f"torchrun --nproc-per-node {num_ranks} --max-restarts 10"

@@ -1,7 +1,8 @@
-"""python -m infer.serve: the OpenAI-compatible server. Every rank runs this; rank 0 decides.
+r"""python -m infer.serve: the OpenAI-compatible server. Every rank runs this; rank 0 decides.
 
     python -m infer.serve --model DIR
-    torchrun --nproc-per-node 4 -m infer.serve --model DIR -tp 2 -pp 2
+    torchrun --nnodes 1 --node-rank 0 --master-addr 127.0.0.1 --master-port 29500 --nproc-per-node 4 \
+      --max-restarts 10 -m infer.serve --model DIR -tp 2 -pp 2
 """
 
 import dataclasses
@@ -11,8 +12,10 @@ import queue
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from infer import launch
@@ -22,12 +25,16 @@ from infer.serve.timeline import Timeline
 if TYPE_CHECKING:
     from infer.engine.loop import Engine
     from infer.parallel.watchdog import Watchdog
-    from infer.serve.spawn import FrontendHandle
+    from infer.request import Output
+    from infer.serve.attachment import Attachment
+    from infer.serve.link import EngineLink
 
 logger = logging.getLogger("infer.serve")
 
 PORT_WAIT_SECONDS = 15.0  # after a restart: how long the port may still be held by our previous frontend
+NEW_PORT_WAIT_SECONDS = 2.0  # and by that of a torchrun that has just ended
 FRONTEND_RESTARTS = 3  # in a row, each within a minute of the last
+SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes
 
 
 def main() -> None:
@@ -79,18 +86,19 @@ class Server:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._frontend_starts: list[float] = []
         self._timeline = Timeline("starting Python")
-        self._handle: FrontendHandle | None = None
+        self._frontend: Attachment | None = None
+        self._phase, self._is_ready = "starting", threading.Event()
         self._watchdog: Watchdog | None = None
 
     def run(self) -> None:
         """Serves until the process is told to end. A user's mistake ends it with one line, anything else in a trace."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._end(0))
+            signal.signal(number, lambda number, _: self._end(0, f"told to end ({signal.Signals(number).name})"))
         try:
             engine = self._start()
         except ValueError as error:
-            if self._handle is not None:
-                self._handle.stop()
+            if self._frontend is not None:
+                self._frontend.leave(str(error), final=True)
             launch.fail(str(error), self._env)
         except Exception as error:
             self._crash(error)
@@ -119,41 +127,47 @@ class Server:
         model_path = existing_directory(config.model)
         tokenizer_directory = existing_directory(config.tokenizer or config.model)
         if model_path and tokenizer_directory:
-            self._paths = model_path, tokenizer_directory
-            self._spawn_frontend()
+            self._prepare_frontend(model_path, tokenizer_directory)
         self._timeline.begin("importing")
         with launch.lasting_imports():
             from infer.engine.loop import Engine
             from infer.engine.startup import check
             from infer.process import Process
 
-        self._timeline.begin("joining the world")
+        if self._frontend is not None:
+            self._connect()
+        self._begin_phase("joining the world")
         process = Process.join(self._env)
         self._watchdog = process.world.watchdog
-        self._watchdog.before_end(lambda: self._handle and self._handle.stop(timeout=2.0))
-        self._timeline.begin("checking the model")
+        self._watchdog.before_end(self._leave_frontend)
+        self._begin_phase("checking the model")
         model_path, _ = check(config, self._env.world_size, program)
-        self._paths = model_path, tokenizer_path(config, model_path)
-        self._timeline.begin("starting the frontend")
-        if self._handle is None:
-            self._spawn_frontend()
-        self._connect()
+        if self._frontend is None:
+            self._prepare_frontend(model_path, tokenizer_path(config, model_path))
+            self._connect()
         engine = Engine(
             process.world,
             process.courier,
             config,
             is_server=True,
             progress=self._begin_phase,
+            started=self._say_started,
         )
+        self._is_ready.set()
         self._say_hello(engine)
         logger.info(self._timeline.line())
         return engine
 
     def _begin_phase(self, phase: str) -> None:
+        self._timeline.begin(phase)
+        self._phase = phase
+        self._say_phase()
+
+    def _say_phase(self) -> None:
         from infer.serve.link import Progress
 
-        self._timeline.begin(phase)
-        self._link.send(Progress(phase=phase))
+        if self._frontend is not None:
+            self._frontend.link.send(Progress(phase=self._phase))
 
     def _crash(self, error: Exception) -> NoReturn:
         from infer.engine.loop import RankLost
@@ -165,8 +179,6 @@ class Server:
         self._end(1)
 
     def _loop(self, engine: "Engine") -> None:
-        from infer.serve.link import Outputs
-
         while True:
             while not (engine.has_work and self._inbox.empty()):
                 try:
@@ -176,22 +188,26 @@ class Server:
                 if not engine.has_work:  # else the figures mean more after the step that schedules it
                     self._send_stats(engine)
             if outputs := engine.step():
-                self._link.send(Outputs(items=outputs))
+                self._send_outputs(outputs)
             self._send_stats(engine)
+
+    def _send_outputs(self, outputs: "list[Output]") -> None:
+        from infer.serve.link import Outputs
+
+        self._link.send(Outputs(items=outputs, generation=self._env.restart_count))
 
     def _send_stats(self, engine: "Engine") -> None:
         if engine.stats_due:
             self._link.send(engine.stats_message())
 
     def _handle_message(self, engine: "Engine", message: Any) -> None:
-        from infer.request import FinishReason, Output, check_prompt
-        from infer.serve.link import Abort, Bye, Closed, Outputs, Submit
+        from infer.request import FinishReason, Output, check_request
+        from infer.serve.link import Abort, Bye, Closed, Submit
 
         if isinstance(message, Submit):
             request = message.request
             try:
-                vocab_size = engine.model_config.vocab_size
-                check_prompt(request.prompt_token_ids, request.params, vocab_size, engine.max_model_len)
+                check_request(request, engine.model_config.vocab_size, engine.max_model_len)
                 engine.submit(request)
             except ValueError as error:  # the frontend has checked already: this is its bug, not the user's
                 logger.error("request %s refused: %s", request.request_id, error)
@@ -199,9 +215,9 @@ class Server:
                     Output(
                         request_id=request.request_id, index=i, finish_reason=FinishReason.ERROR, error=str(error)
                     )
-                    for i in range(request.params.n)
+                    for i in request.choices
                 ]  # fmt: skip
-                self._link.send(Outputs(items=ended))
+                self._send_outputs(ended)
         elif isinstance(message, Abort):
             engine.abort(message.request_id, message.index)
         elif isinstance(message, (Closed, Bye)):
@@ -209,22 +225,42 @@ class Server:
 
     # ------------------------------------------------------------------ the frontend
 
-    def _spawn_frontend(self) -> None:
+    def _prepare_frontend(self, model_path: Path, tokenizer_path: Path) -> None:
+        """Finds the frontend, or starts one. Raises ValueError."""
+        from infer.serve.attachment import Attachment
+        from infer.serve.identity import identity
         from infer.serve.options import frontend_config
-        from infer.serve.spawn import spawn_frontend
 
         self._frontend_starts.append(time.monotonic())
         port_wait = PORT_WAIT_SECONDS if self._env.restart_count else 0.0
-        settings = frontend_config(self._config, self._server, self._names, *self._paths, port_wait)
-        self._handle = spawn_frontend(settings)
+        if self._env.under_torchrun:
+            port_wait = max(port_wait, NEW_PORT_WAIT_SECONDS)
+        settings = frontend_config(self._config, self._server, self._names, model_path, tokenizer_path, port_wait)
+        settings = dataclasses.replace(settings, identity=identity(self._config, settings))
+        self._frontend = Attachment(self._env, settings, self._inbox.put)
+        self._frontend.prepare()
 
     def _connect(self) -> None:
-        """Waits for the frontend and connects to it. Raises ValueError where it cannot start."""
-        from infer.serve.link import EngineLink
+        """Connects to the frontend, and tells it from now on that the start goes on. Raises ValueError."""
+        assert self._frontend is not None
+        self._timeline.begin("starting the frontend")
+        self._frontend.connect()
 
-        assert self._handle is not None
-        self._handle.wait_ready()
-        self._link = EngineLink.connect(self._handle.socket_path, self._inbox.put)
+        def say_on() -> None:
+            while not self._is_ready.wait(SIGN_SECONDS):
+                self._say_phase()
+
+        threading.Thread(target=say_on, name="signs", daemon=True).start()
+
+    def _say_started(self, request_ids: list[str]) -> None:
+        from infer.serve.link import Started
+
+        self._link.send(Started(request_ids=request_ids))
+
+    @property
+    def _link(self) -> "EngineLink":
+        assert self._frontend is not None
+        return self._frontend.link
 
     def _say_hello(self, engine: "Engine") -> None:
         from infer.serve.link import Hello
@@ -245,29 +281,33 @@ class Server:
         )
 
     def _replace_frontend(self, engine: "Engine", reason: str) -> None:
-        """The frontend is gone, and with it its clients' connections: start another."""
+        """The frontend is gone, and with it its clients' connections, or it does not want this engine: get another."""
+        assert self._frontend is not None
         lost = list(engine.scheduler.unfinished())
         for request_id in lost:
             engine.abort(request_id)
         logger.error("%s; %d requests were lost; starting another frontend", reason, len(lost))
         self._link.close()
-        if self._handle is not None:
-            self._handle.stop()
         while not self._inbox.empty():  # what the old frontend still wanted
             self._inbox.get()
         recent = [at for at in self._frontend_starts if time.monotonic() - at < 60.0]
         if len(recent) > FRONTEND_RESTARTS:
             raise RuntimeError(f"the frontend process ended {len(recent)} times within a minute; giving up")
-        self._spawn_frontend()
-        self._connect()
+        self._frontend_starts.append(time.monotonic())
+        self._frontend.replace()
         self._say_hello(engine)
 
-    def _end(self, status: int) -> NoReturn:
-        """Ends this process now, and the frontend with it."""
+    def _leave_frontend(self, reason: str = "another rank is lost") -> None:
+        if self._frontend is not None:
+            self._frontend.leave(reason)
+
+    def _end(self, status: int, reason: str = "rank 0 crashed") -> NoReturn:
+        """Ends this process now. Without torchrun the frontend ends with it; else that waits for the next, or for
+        torchrun's end: which it is, only torchrun knows, which sends SIGTERM for the loss of another rank, too.
+        """
         if self._watchdog is not None:
             self._watchdog.stand_down()  # torchrun ends the other ranks as well
-        if self._handle is not None:
-            self._handle.stop(timeout=3.0)
+        self._leave_frontend(reason)
         sys.stderr.flush()
         os._exit(status)
 

@@ -93,8 +93,8 @@ class ServerRoutes:
         return web.Response()
 
     async def is_ready(self, request: web.Request) -> web.Response:
-        """200 while requests are taken: not during the start, and not once the server is ending."""
-        self._client.ready()
+        """200 while the engine takes requests: not during a start or restart, and not once the server is ending."""
+        self._client.check_up()
         return web.json_response({"status": "ready"})
 
     async def version(self, request: web.Request) -> web.Response:

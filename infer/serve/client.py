@@ -8,30 +8,32 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from infer.request import FinishReason, Output, Request, TokenLogprobs
+from infer.request import FinishReason, Output, Request
 from infer.serve.errors import ApiError, check_model
+from infer.serve.job import Job
 from infer.serve.link import (
     HEADER,
     Abort,
+    Attach,
     Bye,
     EngineStats,
+    FromEngine,
     Hello,
     LinkError,
     Message,
     Outputs,
     Progress,
+    Started,
     Submit,
     decode_from_engine,
     encode_frame,
     frame_length,
 )
 from infer.serve.metrics import Metrics
+from infer.serve.replay import Replay
 
-# What earlier frames may have left waiting for a client that reads too slowly when another comes: tokens and
-# log-probabilities, some 100 bytes each.
-MAX_PENDING_ENTRIES = 1 << 16
-MAX_PENDING_WHILE_RENDERING = 1 << 18  # then it is the frontend that is slow
 DISCONNECT_S = 1.0
+ATTACH_S = 10.0  # an engine says who it is within so long
 # The engine sends something after every step and every second without one. The longest steps, large prompts on a CPU,
 # take seconds.
 MAX_SILENCE_S = 30.0
@@ -39,68 +41,6 @@ MAX_QUEUED_REQUESTS = 2048
 QUEUE_RETRY_S = 2  # what a client that found the queue full is told to wait
 
 logger = logging.getLogger("infer.frontend")
-
-
-class Job:
-    """One HTTP request's engine requests, and the outputs that its handler has not taken yet.
-
-    requests and token_ids hold everything an engine needs to go on with the job from where it is: each prompt, and the
-    tokens of each (request id, choice) so far.
-    """
-
-    def __init__(self, requests: Sequence[Request], on_overflow: Callable[[], None] | None) -> None:
-        self.requests = {request.request_id: request for request in requests}
-        self.token_ids: dict[tuple[str, int], list[int]] = {}
-        # Choices that the client awaits and the engine works on: they leave when either is done with them.
-        self.open = {request.request_id: set(range(request.params.n)) for request in requests}
-        self.on_overflow = on_overflow
-        self.is_rendering = False
-        self._outputs: list[Output] = []
-        self._num_pending = 0
-        self._failure: ApiError | None = None
-        self._wake = asyncio.Event()
-
-    def put(self, output: Output) -> None:
-        """Takes an output from the engine; those of choices nobody awaits are dropped."""
-        choices = self.open[output.request_id]
-        if output.index not in choices:
-            return
-        if output.finish_reason is not None:
-            choices.discard(output.index)
-        self.token_ids.setdefault((output.request_id, output.index), []).extend(output.token_ids)
-        self._outputs.append(output)
-        self._num_pending += _num_entries(output)
-        self._wake.set()
-
-    @property
-    def overflowing(self) -> bool:
-        """Whether the client is so slow that the job must end. Only streams can fall behind."""
-        most = MAX_PENDING_WHILE_RENDERING if self.is_rendering else MAX_PENDING_ENTRIES
-        return self.on_overflow is not None and self._num_pending > most
-
-    def fail(self, error: ApiError) -> None:
-        """Makes take() raise once the outputs that came before are taken."""
-        self._failure = error
-        self._wake.set()
-
-    async def take(self) -> list[Output]:
-        """Everything that has come since the last call; waits for at least one output. Raises ApiError."""
-        while not self._outputs:
-            if self._failure is not None:
-                raise self._failure
-            self._wake.clear()
-            await self._wake.wait()
-        outputs, self._outputs, self._num_pending = self._outputs, [], 0
-        return outputs
-
-
-def _num_entries(output: Output) -> int:
-    return len(output.token_ids) + num_logprobs(output.logprobs) + num_logprobs(output.prompt_logprobs)
-
-
-def num_logprobs(entries: Iterable[TokenLogprobs | None] | None) -> int:
-    """Log-probabilities in all, alternatives included."""
-    return sum(len(entry.tokens) for entry in entries or () if entry is not None)
 
 
 def submission(requests: Sequence[Request]) -> bytes:
@@ -113,33 +53,46 @@ class EngineClient:
 
     All methods run on the event loop's thread. model_names: what clients may call the model; the first is what Hello
     must say, so that a frontend never serves another model's engine. max_queued: prompts that may wait for their first
-    token. stats: the engine's latest figures, which came at stats_time (time.monotonic()).
+    token. identity: what an engine must say in Attach. restart_deadline: seconds without an engine, or a sign of one
+    that starts, after which all is over; None where it is over as soon as the engine is. stats: the engine's latest
+    figures, which came at stats_time (time.monotonic()).
     """
 
     def __init__(
-        self, *model_names: str, max_queued: int = MAX_QUEUED_REQUESTS, metrics: Metrics | None = None
-    ) -> None:
+        self, *model_names: str, max_queued: int = MAX_QUEUED_REQUESTS, metrics: Metrics | None = None,
+        identity: str = "", restart_deadline: float | None = None,
+    ) -> None:  # fmt: skip
         self.model_names = model_names
         self.metrics = metrics or Metrics(model_names[0])
         self.phase = "waiting for the engine"
-        self.hello: Hello | None = None
+        self.hello: Hello | None = None  # of the latest engine, which may be gone
         self.connected = asyncio.Event()  # set once, with the first Hello
-        self.lost = asyncio.Event()  # set once, when an engine that was connected is gone
+        self.lost = asyncio.Event()  # set once, when the engine is gone and no other will be taken
         self.lost_reason = ""
         self.stats: EngineStats | None = None
         self.stats_time = 0.0
         self._max_queued = max_queued
+        self._identity, self._restart_deadline = identity, restart_deadline
+        self._deadline: asyncio.TimerHandle | None = None
+        self._generation = 0  # of the latest engine that attached
+        self._gone_at = 0.0  # when the latest was lost
         self._writer: asyncio.StreamWriter | None = None
         self._idle = asyncio.Event()  # set while no engine is connected
         self._idle.set()
         self._jobs: dict[str, Job] = {}
         self._queued: set[str] = set()  # of these, requests whose first token has not come; a subset of _jobs
+        self._replay = Replay()  # which of them the engine has
         self._heard = 0.0  # when the engine last sent anything, or was given work after having none
 
     @property
     def model_name(self) -> str:
         """The name shown in replies."""
         return self.model_names[0]
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether one is connected, ready or not."""
+        return self._writer is not None
 
     @property
     def num_queued(self) -> int:
@@ -152,17 +105,32 @@ class EngineClient:
         return len({id(job) for job in self._jobs.values()})
 
     def ready(self) -> Hello:
-        """The engine's description. Raises ApiError (503) that names the start-up phase while there is none."""
+        """The engine's description. Raises ApiError (503) that names the start-up phase while there has been none.
+
+        During a restart there is one: requests are taken, and wait for the next engine.
+        """
         if self.hello is None:
             message = f"the server is not ready: {self.phase}"
             raise ApiError(503, message, type="service_unavailable", code="not_ready", headers={"Retry-After": "1"})
         return self.hello
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether there was an engine, and another is awaited."""
+        return self.hello is not None and not self._replay.is_open
+
+    def check_up(self) -> None:
+        """Raises ApiError (503) unless an engine is there that takes requests."""
+        self.ready()
+        if self.is_restarting:
+            message = f"the server is restarting: {self.phase}"
+            raise ApiError(503, message, type="service_unavailable", code="restarting", headers={"Retry-After": "1"})
+
     def check_alive(self) -> None:
         """Raises ApiError (503), which names the rank, unless every rank was heard from lately: rank 0 itself while it
         has work, the others always, as far as it says when it heard from them.
         """
-        self.ready()
+        self.check_up()
         ages = [] if self.stats is None else self.stats.heartbeat_ages
         silence = dict(enumerate(ages)) | {0: time.monotonic() - self._heard if self._jobs else 0.0}
         rank, seconds = max(silence.items(), key=lambda item: item[1])
@@ -177,22 +145,31 @@ class EngineClient:
     def start(
         self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None, frames: bytes | None = None
     ) -> Job:
-        """Hands requests to the engine. on_overflow is called when their reader falls too far behind. frames:
-        submission(requests), where a thread has made it.
+        """Hands requests to the engine, or during a restart to the next. on_overflow is called when their reader falls
+        too far behind. frames: submission(requests), where a thread has made it.
 
-        Raises ApiError: 503 without an engine, 429 where as many prompts wait as may.
+        Raises ApiError: 503 before the first engine, 429 where as many prompts wait as may.
         """
         self.ready()
         self._check_queue()
         job = Job(requests, on_overflow)
         if not self._jobs:
             self._heard = time.monotonic()
+        released: list[str] = []
         for request in requests:
             self._jobs[request.request_id] = job
             self._queued.add(request.request_id)
             self.metrics.request_started(request)
-        self._write(submission(requests) if frames is None else frames)
+            released += self._replay.add(request.request_id)
+        if frames is not None and released == list(job.requests):
+            self._write(frames)
+        else:
+            self._submit(released)
         return job
+
+    def _submit(self, request_ids: Iterable[str]) -> None:
+        if frames := submission([self._jobs[request_id].resumed(request_id) for request_id in request_ids]):
+            self._write(frames)
 
     def _check_queue(self) -> None:
         """One HTTP request's prompts come in together: even a short queue takes a long list once it is empty."""
@@ -212,6 +189,7 @@ class EngineClient:
         if index in job.open[request_id]:
             job.open[request_id].discard(index)
             self._send(Abort(request_id=request_id, index=index))
+            self._end_if_done(job, request_id)
 
     def close(self, job: Job) -> None:
         """Ends whatever of the job is still running. To be called for every job, however it went."""
@@ -223,6 +201,12 @@ class EngineClient:
         self.metrics.request_closed(request_id)
         if self._jobs.pop(request_id, None) is not None and job.open[request_id]:
             self._send(Abort(request_id=request_id))
+        self._submit(self._replay.ended(request_id))
+
+    def _end_if_done(self, job: Job, request_id: str) -> None:
+        """The engine has nothing more to do for a request whose choices are all over; the client may still read."""
+        if not job.open[request_id]:
+            self._submit(self._replay.ended(request_id))
 
     def _send(self, message: Message) -> None:
         self._write(encode_frame(message))
@@ -231,22 +215,28 @@ class EngineClient:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frames)
 
+    # ------------------------------------------------------------------ engines, one after the other
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One engine's connection, from its beginning to its end. A second engine at the same time is turned away."""
-        if not _is_same_user(writer) or self._writer is not None or self.lost.is_set():
-            logger.warning("Refused a second connection to the engine's socket")
+        """One engine's connection, from its beginning to its end. One of a later generation ends those before."""
+        if not _is_same_user(writer) or self.lost.is_set() or not await self._may_attach(reader, writer):
+            logger.warning("Refused a connection to the engine's socket")
             writer.close()
             return
+        if self._writer is not None:
+            self._writer.close()
+            self._engine_gone("another has taken its place")
         self._writer = writer
         self._idle.clear()
-        reason = "the engine has ended"
+        reason, final = "the engine has ended", False
         try:
-            while True:
-                header = await reader.readexactly(HEADER.size)
-                message = decode_from_engine(await reader.readexactly(frame_length(header)))
+            while writer is self._writer:  # else another engine has taken its place
+                message = await _read_message(reader)
+                if writer is not self._writer:
+                    break
                 self._heard = time.monotonic()
                 if isinstance(message, Bye):
-                    reason = f"the engine has ended: {message.reason}"
+                    reason, final = f"the engine has ended: {message.reason}", message.final
                 else:
                     self._receive(message)
                 await asyncio.sleep(0)  # handlers take what has come before the next frame finds it waiting
@@ -258,30 +248,121 @@ class EngineClient:
             reason = f"the engine sent nonsense: {error}"
             logger.error("The engine sent nonsense: %s", error)
         finally:
-            self._writer = None
             writer.close()
+            if writer is self._writer:
+                self._writer = None
+                self._engine_gone(reason, final)
+                self._idle.set()
+
+    async def _may_attach(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Reads who is there. One that may not is told why; where it is of another model, this server ends."""
+        try:
+            async with asyncio.timeout(ATTACH_S):
+                message = await _read_message(reader)
+        except (TimeoutError, asyncio.IncompleteReadError, OSError, LinkError):
+            return False
+        if not isinstance(message, Attach) or self.lost.is_set():
+            return False
+        reason = None
+        if message.identity != self._identity:
+            reason = "the model's files or the server's flags are not those that this frontend was started with"
+        elif message.generation < self._generation:
+            reason = f"generation {message.generation} comes after generation {self._generation}"
+        elif message.generation == self._generation and self._writer is not None:
+            reason = f"an engine of generation {self._generation} is there already"
+        if reason is not None:
+            writer.write(encode_frame(Bye(reason=reason)))
+            if message.identity != self._identity:
+                self.fail_all(reason)
+            return False
+        self._generation = message.generation
+        self._await_sign()
+        return True
+
+    def _engine_gone(self, reason: str, final: bool = False) -> None:
+        """All that it had not told is to be done again, by the next engine. final: there will be none."""
+        self.metrics.engine_lost()
+        self.stats = None
+        if self._restart_deadline is None or final or self.lost.is_set():
             self.fail_all(reason)
-            self._idle.set()
+            return
+        guilty = self._replay.close()
+        self.phase, self._gone_at = reason, time.monotonic()
+        logger.warning("%s; %d requests wait for the next", reason, len(self._jobs) - len(guilty))
+        for request_id in guilty:
+            self._blame(request_id)
+        self._await_sign()
+
+    def _blame(self, request_id: str) -> None:
+        logger.error("Request %s was running when the engine ended, twice in a row; it is ended", request_id)
+        job = self._jobs[request_id]
+        job.fail(
+            ApiError(
+                500, "the engine ended twice in a row while it worked on this request; it is not tried again",
+                type="server_error", code="engine_crashed", headers={"x-should-retry": "false"},
+            )
+        )  # fmt: skip
+        self.close(job)
+
+    def _await_sign(self) -> None:
+        """Gives up unless an engine shows itself in time; each sign of one begins the time anew."""
+        self._stop_deadline()
+        if self._restart_deadline is not None and not self.lost.is_set():
+            seconds = self._restart_deadline
+            reason = f"no engine has come up within {seconds:g} s (--restart-deadline); the last word: {self.phase}"
+            self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail_all, reason)
+
+    def await_engine(self) -> None:
+        """From now on engines may come; where they may restart, the first has as long as any."""
+        self._await_sign()
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
     def _receive(self, message: Message) -> None:
         match message:
             case Outputs():
+                if message.generation != self._generation:
+                    raise LinkError(f"outputs of generation {message.generation} in generation {self._generation}")
                 for job in {self._jobs[o.request_id] for o in message.items if o.request_id in self._jobs}:
                     self._end_if_overflowing(job)
                 for output in message.items:
                     self._dispatch(output)
+            case Started():
+                for request_id in message.request_ids:
+                    if request_id in self._jobs:
+                        self._replay.started(request_id)
             case EngineStats():
                 self.stats, self.stats_time = message, time.monotonic()
                 self.metrics.engine_stats(message)
             case Progress():
-                self.phase = message.phase
+                if not self._replay.is_open:  # else it was overtaken by Hello
+                    self.phase = message.phase
+                    self._await_sign()
             case Hello():
-                if message.model_name != self.model_name:
-                    raise LinkError(f"it serves {message.model_name!r}, this frontend {self.model_name!r}")
-                self.hello = message
-                self.metrics.engine_started(message)
-                self.phase = "ready"
-                self.connected.set()
+                self._welcome(message)
+            case Attach():
+                raise LinkError("it attaches twice")
+
+    def _welcome(self, hello: Hello) -> None:
+        """The engine takes requests: it gets those that are not done."""
+        if hello.model_name != self.model_name:
+            raise LinkError(f"it serves {hello.model_name!r}, this frontend {self.model_name!r}")
+        if self._replay.is_open:
+            raise LinkError("it says Hello twice")
+        if self.hello is not None:
+            seconds = time.monotonic() - self._gone_at
+            logger.info("An engine is there again after %.1f s; %d requests go on", seconds, len(self._jobs))
+        self._stop_deadline()
+        self.hello = hello
+        self.metrics.engine_started(hello)
+        self.phase = "ready"
+        self._submit(self._replay.open([name for name, job in self._jobs.items() if job.open[name]]))
+        if self._replay.num_suspects:
+            logger.info("%d requests ran when the last one ended; they go on one by one", self._replay.num_suspects)
+        self.connected.set()
 
     def _dispatch(self, output: Output) -> None:
         job = self._jobs.get(output.request_id)
@@ -289,9 +370,13 @@ class EngineClient:
             return  # dropped while this was on its way
         if not 0 <= output.index < job.requests[output.request_id].params.n:
             raise LinkError(f"request {output.request_id} has no choice {output.index}")
+        if output.index in job.open[output.request_id]:
+            output = job.fresh(output)
         self._queued.discard(output.request_id)
         self.metrics.output(output)
         job.put(output)
+        self._submit(self._replay.advanced(output.request_id))
+        self._end_if_done(job, output.request_id)
 
     def _end_if_overflowing(self, job: Job) -> None:
         if job.overflowing:
@@ -301,7 +386,9 @@ class EngineClient:
             self.close(job)
 
     def fail_all(self, reason: str) -> None:
-        """The engine is gone, or the server is ending: every job fails with this reason, and no new one starts."""
+        """The engine is gone for good, or the server ends: every job fails with this reason, and no new one starts."""
+        self._stop_deadline()
+        self._replay.close()
         self.hello = None
         self.metrics.engine_lost()
         self.phase = reason
@@ -323,6 +410,12 @@ class EngineClient:
         except TimeoutError:  # the engine reads nothing any more
             self._writer.transport.abort()
             await self._idle.wait()
+
+
+async def _read_message(reader: asyncio.StreamReader) -> FromEngine:
+    """Raises LinkError, IncompleteReadError at the end, OSError."""
+    header = await reader.readexactly(HEADER.size)
+    return decode_from_engine(await reader.readexactly(frame_length(header)))
 
 
 def _is_same_user(writer: asyncio.StreamWriter) -> bool:

@@ -2,8 +2,9 @@
 
     python -m infer.serve.frontend < CONFIG     # a FrontendConfig as JSON: keys never stand in a command line
 
-Rank 0 starts it (spawn.py). It ends when its engine does, or by SIGTERM or SIGINT; open streams get an error
-event first.
+Rank 0 starts it (spawn.py). Under torchrun it outlives rank 0, keeps its clients, and hands their requests to the next
+rank 0; it ends with torchrun. Without torchrun it ends when its engine does. SIGTERM and SIGINT end it, too. Open
+streams get an error event first.
 """
 
 import asyncio
@@ -20,8 +21,10 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
+from infer.launch import is_alive, process_key
 from infer.serve.api import Api
 from infer.serve.app import ServerRoutes, make_app
+from infer.serve.claim import give_up
 from infer.serve.client import EngineClient
 from infer.serve.connections import (
     TLS_HANDSHAKE_S,
@@ -55,7 +58,8 @@ class Frontend:
         self._status = 0
         self._metrics = Metrics(config.model_names[0], config.metrics_prefix)
         self._client = EngineClient(
-            *config.model_names, max_queued=config.max_num_queued_reqs, metrics=self._metrics
+            *config.model_names, max_queued=config.max_num_queued_reqs, metrics=self._metrics,
+            identity=config.identity, restart_deadline=config.restart_deadline if config.agent_pid else None,
         )  # fmt: skip
         self._lag = LoopLag()
         self._sockets: list[socket.socket] = []
@@ -96,7 +100,7 @@ class Frontend:
         loop, config = asyncio.get_running_loop(), self._config
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end, f"the server was told to end ({number.name})", 0)
-        self._watch_engine(loop)
+        self._watch_parent(loop)
         tls = tls_context(config)
         connections = Connections(raise_descriptor_limit(config.max_connections))
         self._sockets = await self._listen()
@@ -104,6 +108,7 @@ class Frontend:
         tokenizer = Tokenizer.load(config.tokenizer_path, chat_template=config.chat_template)
         engine_server = await asyncio.start_unix_server(self._client.serve, path=config.socket_path, limit=1 << 20)
         api = Api(self._client, tokenizer, config)
+        self._client.await_engine()
         app = make_app(api, ServerRoutes(self._client, config, self._metrics), config, self._metrics)
         runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
@@ -139,30 +144,33 @@ class Frontend:
             self._reason, self._status = reason, status
             self._ending.set()
 
-    def _watch_engine(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Ends this process when the engine's does, connected or not."""
-        pid = self._config.engine_pid
-        gone = f"the engine's process ({pid}) has ended"
-        if not hasattr(os, "pidfd_open"):  # not Linux: the parent's id changes when the parent ends
-            self._poll_parent(loop, os.getppid(), gone)
+    def _watch_parent(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Ends this process when torchrun does, or without it when the engine's process does, connected or not."""
+        pid = self._config.agent_pid or self._config.engine_pid
+        gone = f"torchrun ({pid}) has ended" if self._config.agent_pid else f"the engine's process ({pid}) has ended"
+        key = process_key(pid)
+        if not hasattr(os, "pidfd_open"):  # not Linux
+            parent = 0 if self._config.agent_pid else os.getppid()
+            self._poll_parent(loop, parent, key, gone)
             return
         try:
             fd = os.pidfd_open(pid)
         except ProcessLookupError:
             raise ValueError(gone) from None
-        loop.add_reader(fd, self._engine_died, loop, fd, gone)
+        loop.add_reader(fd, self._parent_died, loop, fd, gone)
 
-    def _poll_parent(self, loop: asyncio.AbstractEventLoop, parent: int, gone: str) -> None:
-        if os.getppid() != parent:
+    def _poll_parent(self, loop: asyncio.AbstractEventLoop, parent: int, key: str, gone: str) -> None:
+        """parent: this process's own, whose end changes that at once; 0 where another process is watched, by key."""
+        if os.getppid() != parent if parent else not is_alive(key):
             self._end(gone, 1)
         else:
-            loop.call_later(1.0, self._poll_parent, loop, parent, gone)
+            loop.call_later(1.0, self._poll_parent, loop, parent, key, gone)
 
-    def _engine_died(self, loop: asyncio.AbstractEventLoop, fd: int, gone: str) -> None:
+    def _parent_died(self, loop: asyncio.AbstractEventLoop, fd: int, gone: str) -> None:
         loop.remove_reader(fd)
         os.close(fd)
-        # Its socket ends at the same time, and what still waits there may hold last outputs and a better reason.
-        loop.call_later(0.5, self._end, gone, 1)
+        # The engine's socket ends at the same time; what still waits there may hold last outputs and a better reason.
+        loop.call_later(0.5 if self._client.has_engine else 0.0, self._end, gone, 1)
 
     async def _announce(self, where: str) -> None:
         """One line when requests can come."""
@@ -218,6 +226,8 @@ def main() -> int:
 
 def serve(config: FrontendConfig) -> int:
     """Runs the frontend to its end; returns the exit status. What is wrong at the start goes to the parent."""
+    if config.lock_fd is not None:
+        os.set_inheritable(config.lock_fd, False)  # a child of this process must not keep the lock
     try:
         return asyncio.run(_run(config))
     except ValueError as error:
@@ -226,7 +236,10 @@ def serve(config: FrontendConfig) -> int:
         report(config, Ready(error=str(error)))
         return 2
     finally:
-        remove_socket(Path(config.socket_path))
+        if config.lock_fd is not None:
+            give_up(Path(config.socket_path).parent)
+        else:
+            remove_socket(Path(config.socket_path))
 
 
 async def _run(config: FrontendConfig) -> int:

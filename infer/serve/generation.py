@@ -10,8 +10,8 @@ import msgspec
 from aiohttp import web
 
 from infer.request import FinishReason, Output, Request
-from infer.serve.client import Job, num_logprobs
 from infer.serve.errors import ApiError, bad_request
+from infer.serve.job import Job, num_logprobs
 from infer.serve.offload import Offload
 from infer.serve.render import Choice, Delta, Prompt, Reply, usage
 from infer.serve.schema import MAX_LOGPROB_ENTRIES, SamplingBody
@@ -19,6 +19,8 @@ from infer.serve.text import Tokenizer
 
 WRITE_TIMEOUT_S = 120.0  # a client that takes nothing for so long is gone
 WRITE_BYTES = 1 << 18  # a client must take each so many bytes of a reply in that time
+KEEPALIVE_S = 5.0  # a stream that is silent for so long gets a comment, which clients skip and proxies count
+LATE_BEGIN_S = 20.0  # during a restart, a reply of which nothing is sent yet begins with one after so long
 # In the units of Reply.work(), some 10 us.
 BATCH_WORK = 500  # of what one step brings, so much is done before other requests get their turn
 MAX_INLINE_WORK = 1000  # more at once is done off the event loop
@@ -32,6 +34,10 @@ logger = logging.getLogger("infer.frontend")
 
 class EnginePort(Protocol):
     """What a generation asks of the engine: EngineClient over a socket, or the engine of this very process."""
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether the engine is gone and another is awaited, which goes on with what was running."""
 
     def start(
         self, requests: Sequence[Request], on_overflow: Callable[[], None] | None = None, frames: bytes | None = None
@@ -106,6 +112,20 @@ class Generation:
             self.job.is_rendering = False
         # One a choice: when it is rendered, the choice stands where its last output has brought it.
         return [(self.choices[index], Delta.joined(parts)) for index, parts in deltas.items()]
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether step() need not wait; waits for that at most so long."""
+        try:
+            async with asyncio.timeout(seconds), asyncio.timeout_at(self._deadline):
+                await self.job.wait()
+        except TimeoutError:
+            return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
+        return True
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the engine is being restarted."""
+        return self._client.is_restarting
 
     async def _take(self) -> list[Output]:
         try:
@@ -225,10 +245,15 @@ async def _render_whole(generation: Generation, reply: Reply, offload: Offload) 
 async def reply_stream(
     http: web.Request, body: SamplingBody, generation: Generation, reply: Reply, offload: Offload
 ) -> web.StreamResponse:
-    """Server-sent events. Nothing is sent before the first output, so that an early failure is a plain HTTP error."""
+    """Server-sent events. Nothing is sent before the first output, so that an early failure is a plain HTTP error, but
+    in a restart that takes long.
+    """
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     try:
         while not generation.done:
+            while not await generation.wait(KEEPALIVE_S if response.prepared else LATE_BEGIN_S):
+                if response.prepared or generation.is_held_up:
+                    await _write(http, response, b": keep-alive\n\n")
             await _write_step(http, response, body, generation, reply, offload)
         if body.include_usage:
             await _write(http, response, _event(reply.usage_chunk(generation.usage())))

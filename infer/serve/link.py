@@ -48,6 +48,23 @@ class Abort(_Message):
     index: int | None = None
 
 
+class Attach(_Message):
+    """Engine to frontend, the first of a connection: whose engine this is going to be.
+
+    generation counts the restarts of the ranks: a connection of a later one ends those before. identity: the model and
+    the flags (identity.py), which are the frontend's own or the engine is refused.
+    """
+
+    generation: int
+    identity: str
+
+
+class Started(_Message):
+    """Engine to frontend, before the first batch of these requests runs: if the engine dies, it may be theirs."""
+
+    request_ids: list[str]
+
+
 class Hello(_Message):
     """Engine to frontend, once the ranks are ready: requests may come. generation counts the engine's restarts.
 
@@ -88,21 +105,23 @@ class EngineStats(_Message):
 
 
 class Outputs(_Message):
-    """Engine to frontend: what one or several steps gave."""
+    """Engine to frontend: what one or several steps of this generation gave."""
 
     items: list[Output]
+    generation: int = 0
 
 
 class Progress(_Message):
-    """Engine to frontend, before Hello: the start-up phase, such as "loading weights"."""
+    """Engine to frontend, before Hello: the start-up phase, such as "loading weights". Said again now and then."""
 
     phase: str
 
 
 class Bye(_Message):
-    """Either way: the sender is going to end, on purpose."""
+    """Either way: the sender is going to end, on purpose. final: and there will be no other engine after it."""
 
     reason: str
+    final: bool = False
 
 
 class Closed(msgspec.Struct):
@@ -112,8 +131,8 @@ class Closed(msgspec.Struct):
 
 
 FromFrontend = Submit | Abort | Bye
-FromEngine = Hello | Outputs | EngineStats | Progress | Bye
-Message = Submit | Abort | Bye | Hello | Outputs | EngineStats | Progress
+FromEngine = Attach | Hello | Started | Outputs | EngineStats | Progress | Bye
+Message = Submit | Abort | Bye | Attach | Hello | Started | Outputs | EngineStats | Progress
 
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -178,9 +197,13 @@ class EngineLink:
 
     @classmethod
     def connect(
-        cls, path: str | Path, inbox_put: Callable[[Message | Closed], None], timeout_s: float = 10.0
-    ) -> "EngineLink":
-        """Connects to the frontend listening at `path`. Raises ConnectionError that names the path."""
+        cls, path: str | Path, inbox_put: Callable[[Message | Closed], None], *, generation: int = 0,
+        identity: str = "", timeout_s: float = 10.0,
+    ) -> "EngineLink":  # fmt: skip
+        """Connects to the frontend listening at `path` and attaches. Raises ConnectionError that names the path.
+
+        A frontend that refuses says so with Bye.
+        """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout_s)
@@ -189,7 +212,9 @@ class EngineLink:
         except OSError as error:
             connection.close()
             raise ConnectionError(f"cannot reach the frontend at {path}: {error}") from None
-        return cls(connection, inbox_put)
+        link = cls(connection, inbox_put)
+        link.send(Attach(generation=generation, identity=identity))
+        return link
 
     def send(self, message: FromEngine) -> None:
         """Queues a message; never waits."""
@@ -267,7 +292,7 @@ def coalesce(messages: list[Message]) -> list[Message]:
         last = merged[-1] if merged else None
         match last, message:
             case Outputs(items=before), Outputs(items=items) if len(before) + len(items) <= MAX_OUTPUTS_PER_FRAME:
-                merged[-1] = Outputs(items=before + items)
+                merged[-1] = Outputs(items=before + items, generation=last.generation)
             case _:
                 merged.append(message)
     return merged
@@ -282,14 +307,14 @@ def _frame_or_errors(message: Message) -> bytes:
             raise
         if len(message.items) > 1:
             half = len(message.items) // 2
-            parts = (Outputs(items=message.items[:half]), Outputs(items=message.items[half:]))
-            return b"".join(_frame_or_errors(part) for part in parts)
+            parts = (message.items[:half], message.items[half:])
+            return b"".join(_frame_or_errors(Outputs(items=p, generation=message.generation)) for p in parts)
         item = message.items[0]
         failed = Output(
             request_id=item.request_id, index=item.index, finish_reason=FinishReason.ERROR,
             error=f"the result is too large to return ({error}); ask for fewer logprobs",
         )  # fmt: skip
-        return encode_frame(Outputs(items=[failed]))
+        return encode_frame(Outputs(items=[failed], generation=message.generation))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,15 +323,20 @@ class FrontendConfig(ServerConfig):
 
     api_key holds the keys of every source, and served_model_name at least one name. default_sampling: parameters that
     the checkpoint recommends, by SamplingParams' names, for requests that leave them out. system_fingerprint: the same
-    for the same model and settings. engine_pid: the process to end with. report_fd: the pipe for one line, ready or why
-    not. port_wait_s: how long to wait for a port that is taken.
+    for the same model and settings. engine_pid: the process to end with. agent_pid: torchrun's, to end with in its
+    place, so that engines may come and go. identity: what an engine must say in Attach. report_fd: the pipe for one
+    line, ready or why not. lock_fd: the lock of the directory that holds the socket, to be kept for life (claim.py).
+    port_wait_s: how long to wait for a port that is taken.
     """
 
     model_path: str
     tokenizer_path: str
     socket_path: str = ""
     engine_pid: int = 0
+    agent_pid: int = 0
+    identity: str = ""
     report_fd: int | None = None
+    lock_fd: int | None = None
     port_wait_s: float = 0.0
     default_sampling: dict[str, int | float] = field(default_factory=dict)
     system_fingerprint: str = ""

@@ -16,12 +16,11 @@ import msgspec
 
 import infer
 from infer.config import ServerConfig
+from infer.serve.claim import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from infer.serve.link import FrontendConfig
 
-SOCKET_NAME = "engine.sock"
 DIRECTORY_PREFIX = "infer-"
 SECRET_VARIABLES = ("INFER_API_KEY", "HF_TOKEN")  # the frontend gets its keys with its configuration
-MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
 
 
 class Ready(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,21 +93,23 @@ def start_frontend(server: ServerConfig, model_path: Path, tokenizer_path: Path,
     return handle
 
 
-def spawn_frontend(config: FrontendConfig) -> FrontendHandle:
+def spawn_frontend(config: FrontendConfig, directory: Path | None = None, lock_fd: int | None = None) -> FrontendHandle:
     """Starts the frontend in a session of its own; `wait_ready` says how that went.
 
     Its socket, this process's id and the pipe it reports on are filled in here. The frontend ends by itself when the
-    calling process does. Raises ValueError where no process can be started.
+    calling process does, or that of config.agent_pid. directory and lock_fd: the agent's, as claim.claim() gave it; the
+    lock goes over to the frontend. Raises ValueError where no process can be started.
     """
-    socket_path = _private_directory() / SOCKET_NAME
+    socket_path = (directory or _private_directory()) / SOCKET_NAME
     report, report_for_child = os.pipe()
     config = dataclasses.replace(
-        config, socket_path=str(socket_path), engine_pid=os.getpid(), report_fd=report_for_child
+        config, socket_path=str(socket_path), engine_pid=os.getpid(), report_fd=report_for_child, lock_fd=lock_fd
     )
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "infer.serve.frontend"], stdin=subprocess.PIPE, start_new_session=True,
-            close_fds=True, pass_fds=(report_for_child,), env=_child_environment(),
+            close_fds=True, pass_fds=(report_for_child, *(() if lock_fd is None else (lock_fd,))),
+            env=_child_environment(),
         )  # fmt: skip
     except OSError as error:
         os.close(report)
@@ -116,6 +117,8 @@ def spawn_frontend(config: FrontendConfig) -> FrontendHandle:
         raise ValueError(f"cannot start the frontend process: {error}") from None
     finally:
         os.close(report_for_child)
+        if lock_fd is not None:
+            os.close(lock_fd)
     _tell_config(process, config)
     return FrontendHandle(process, socket_path, config.port, report)
 

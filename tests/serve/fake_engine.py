@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from infer.config import ServerConfig
 from infer.request import FinishReason, Output, Request, TokenLogprobs
-from infer.serve.link import Abort, Closed, EngineLink, Hello, Outputs, Submit
+from infer.serve.link import Abort, Closed, EngineLink, Hello, Outputs, Started, Submit
 from infer.serve.spawn import FrontendHandle, start_frontend
 from infer.serve.text import Tokenizer as InferTokenizer
 
@@ -49,12 +49,19 @@ def write_tokenizer(path: Path, **config: object) -> Path:
 class FakeEngine:
     """Answers every request with its own prompt, again and again, one token a step, until max_tokens or an abort.
 
-    Choice k begins k tokens into the prompt. A prompt that has the end token ends there. delay: seconds a step.
+    Choice k begins k tokens into the prompt. A prompt that has the end token ends there. delay: seconds a step. What
+    another engine has begun it goes on with. is_stuck: it takes requests and says that they run, and no more.
     """
 
-    def __init__(self, handle: FrontendHandle, tokenizer: InferTokenizer) -> None:
+    def __init__(
+        self, handle: FrontendHandle, tokenizer: InferTokenizer, generation: int = 0, identity: str = ""
+    ) -> None:
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self.link = EngineLink.connect(handle.socket_path, self.inbox.put)
+        self.generation = generation
+        self.link = EngineLink.connect(
+            handle.socket_path, self.inbox.put, generation=generation, identity=identity
+        )  # fmt: skip
+        self.is_stuck = False
         self.requests: list[Request] = []
         self.aborts: list[Abort] = []
         self.closed: Closed | None = None
@@ -69,8 +76,8 @@ class FakeEngine:
     def hello(self, model_name: str = MODEL) -> None:
         self.link.send(
             Hello(
-                generation=0, model_name=model_name, max_model_len=MAX_MODEL_LEN, vocab_size=self._vocab_size,
-                eos_token_ids=[2],
+                generation=self.generation, model_name=model_name, max_model_len=MAX_MODEL_LEN,
+                vocab_size=self._vocab_size, eos_token_ids=[2],
             )
         )  # fmt: skip
         self._thread.start()
@@ -90,17 +97,19 @@ class FakeEngine:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._take(self.inbox.get(timeout=0.0 if self._running else 0.01))
-            items = [self._step(*key) for key in list(self._running)]
+            items = [] if self.is_stuck else [self._step(*key) for key in list(self._running)]
             if items:
-                self.link.send(Outputs(items=items))
+                self.link.send(Outputs(items=items, generation=self.generation))
                 time.sleep(self.delay)
 
     def _take(self, message: object) -> None:
         match message:
             case Submit(request=request):
                 self.requests.append(request)
-                for choice in range(request.params.n):
-                    self._running[request.request_id, choice] = (request, 0)
+                for choice in request.choices:
+                    done = (request.output_token_ids or {}).get(choice, [])
+                    self._running[request.request_id, choice] = (request, len(done))
+                self.link.send(Started(request_ids=[request.request_id]))
             case Abort(request_id=request_id, index=index):
                 self.aborts.append(message)
                 for key in list(self._running):
@@ -130,7 +139,8 @@ class FakeEngine:
         if index == 0 and done == 0 and params.prompt_logprobs is not None:
             prompt_logprobs = [None, *(logprobs(token, params.prompt_logprobs) for token in prompt[1:])]
         return Output(
-            request_id=request_id, index=index, token_ids=tokens, finish_reason=finish, num_cached_tokens=1,
+            request_id=request_id, index=index, token_ids=tokens, token_index=done, finish_reason=finish,
+            num_cached_tokens=1,
             logprobs=None if params.logprobs is None else [logprobs(token, params.logprobs) for token in tokens],
             prompt_logprobs=prompt_logprobs,
         )  # fmt: skip

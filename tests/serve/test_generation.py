@@ -11,11 +11,13 @@ import pytest
 from aiohttp import web
 
 from infer.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from infer.serve import client, generation, replies
+from infer.serve import generation, replies
+from infer.serve import job as jobs
 from infer.serve.chat_format import ChatFormat
-from infer.serve.client import EngineClient, Job
+from infer.serve.client import EngineClient
 from infer.serve.errors import ApiError
 from infer.serve.generation import Generation, reply_stream, reply_whole
+from infer.serve.job import Job
 from infer.serve.link import Hello, Outputs
 from infer.serve.offload import Offload
 from infer.serve.render import Choice, Delta, Prompt
@@ -36,6 +38,10 @@ def one_request(**params):
     return Request(request_id="r", prompt_token_ids=[65, 66], params=SamplingParams(**params), seed=1)
 
 
+def more(index, count):
+    return Output(request_id="r", token_ids=[5] * count, token_index=index)
+
+
 def test_a_failure_without_words_or_prompt_logprobs_is_told(tokenizer):
     async def run():
         engine = EngineClient("m")
@@ -52,20 +58,20 @@ def test_a_failure_without_words_or_prompt_logprobs_is_told(tokenizer):
 
 def test_only_what_earlier_frames_left_makes_a_reader_slow(monkeypatch):
     async def run():
-        monkeypatch.setattr(client, "MAX_PENDING_ENTRIES", 10)
+        monkeypatch.setattr(jobs, "MAX_PENDING_ENTRIES", 10)
         engine, ended = EngineClient("m"), []
         engine.hello = HELLO
         job = engine.start([one_request()], lambda: ended.append(1))
-        for _ in range(3):
-            engine._receive(Outputs(items=[Output(request_id="r", token_ids=[5] * 8)] * 2))
+        for i in range(3):
+            engine._receive(Outputs(items=[more(16 * i, 8), more(16 * i + 8, 8)]))
             assert not ended
             assert sum(len(output.token_ids) for output in await job.take()) == 16
-        engine._receive(Outputs(items=[Output(request_id="r", token_ids=[5] * 16)]))
+        engine._receive(Outputs(items=[more(48, 16)]))
         job.is_rendering = True
-        engine._receive(Outputs(items=[Output(request_id="r", token_ids=[5])]))
+        engine._receive(Outputs(items=[more(64, 1)]))
         assert not ended, "the frontend's own work is not the client's slowness"
         job.is_rendering = False
-        engine._receive(Outputs(items=[Output(request_id="r", token_ids=[5])]))
+        engine._receive(Outputs(items=[more(65, 1)]))
         assert ended
 
     asyncio.run(run())
@@ -83,7 +89,7 @@ def test_the_turns_of_others_make_no_reader_slow(monkeypatch, tokenizer):
             self.num_writes += 1
 
     async def run():
-        monkeypatch.setattr(client, "MAX_PENDING_ENTRIES", 10)
+        monkeypatch.setattr(jobs, "MAX_PENDING_ENTRIES", 10)
         engine, ended, response = EngineClient("m"), [], Response()
         engine.hello = HELLO
         body = body_of(CompletionBody, prompt=[65], n=300, stream=True)
@@ -108,7 +114,7 @@ def test_the_turns_of_others_make_no_reader_slow(monkeypatch, tokenizer):
 
 def test_whole_replies_have_no_reader_to_wait_for():
     job = Job([one_request()], None)
-    job.put(Output(request_id="r", token_ids=[5] * (client.MAX_PENDING_ENTRIES + 1)))
+    job.put(Output(request_id="r", token_ids=[5] * (jobs.MAX_PENDING_ENTRIES + 1)))
     assert not job.overflowing
 
 
@@ -187,9 +193,16 @@ def test_what_one_frame_brings_comes_once_and_whole(tokenizer):
         request = Request(request_id="r", prompt_token_ids=[65], params=SamplingParams(n=16), seed=1)
         work = Generation(engine, body, [Prompt([65])], [request], tokenizer, None)
         items = [
-            Output(request_id="r", index=index, token_ids=[token_id]) for token_id in token_ids for index in range(16)
+            Output(request_id="r", index=index, token_ids=[token_id], token_index=at)
+            for at, token_id in enumerate(token_ids)
+            for index in range(16)
         ]
-        ends = [Output(request_id="r", index=i, token_ids=[2], finish_reason=FinishReason.STOP) for i in range(16)]
+        ends = [
+            Output(
+                request_id="r", index=i, token_ids=[2], token_index=len(token_ids), finish_reason=FinishReason.STOP
+            )
+            for i in range(16)
+        ]  # fmt: skip
         engine._receive(Outputs(items=items + ends))
         reply = ChatReply("i", "m", tokenizer, body)
         data = await generation._render_events(body, work, reply, Offload(), await work.step())
@@ -220,6 +233,9 @@ class EndlessGeneration:
         self.done = False
         self.job = Job([one_request()], None)
         self._choice = Choice(0, Prompt([65]), one_request(), tokenizer)
+
+    async def wait(self, seconds):
+        return True
 
     async def step(self):
         return [(self._choice, Delta("a"))]
