@@ -110,9 +110,9 @@ class Server:
     def _start(self) -> "Engine":
         """Everything up to a ready engine. Raises ValueError for what the user can mend.
 
-        All that can be wrong with what the user gave, the port too, is found before anything is loaded; the ranks are
-        joined before that, because fetching a model may take longer than they would wait unjoined. The frontend starts
-        while this process imports torch, unless its files are still to be fetched.
+        All that can be wrong with what the user gave, the port too, is found before anything is loaded. A model that is
+        still to be fetched is so once the ranks are joined: it may take longer than they would wait unjoined. Else the
+        frontend starts while this process imports torch, and is connected before the others are waited for.
         """
         from infer.hub import existing_directory, served_name
         from infer.models.source import tokenizer_path
@@ -135,14 +135,16 @@ class Server:
             from infer.process import Process
 
         if self._frontend is not None:
+            self._timeline.begin("checking the model")
+            check(config, self._env.world_size, program)
             self._connect()
         self._begin_phase("joining the world")
         process = Process.join(self._env)
         self._watchdog = process.world.watchdog
         self._watchdog.before_end(self._leave_frontend)
-        self._begin_phase("checking the model")
-        model_path, _ = check(config, self._env.world_size, program)
         if self._frontend is None:
+            self._timeline.begin("checking the model")
+            model_path, _ = check(config, self._env.world_size, program)
             self._prepare_frontend(model_path, tokenizer_path(config, model_path))
             self._connect()
         engine = Engine(
@@ -166,7 +168,7 @@ class Server:
     def _say_phase(self) -> None:
         from infer.serve.link import Progress
 
-        if self._frontend is not None:
+        if self._frontend is not None:  # and it is connected
             self._frontend.link.send(Progress(phase=self._phase))
 
     def _crash(self, error: Exception) -> NoReturn:
