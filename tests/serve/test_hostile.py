@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import socket
 import threading
@@ -339,6 +340,40 @@ def test_huge_but_valid_bodies_leave_the_server_awake(served, body):
         longest = max(longest, time.monotonic() - start)
         time.sleep(0.01)
     assert statuses == [400] and longest < 2.0, longest
+
+
+def test_a_stream_beside_them_goes_on_undisturbed(served):
+    url, engine = served
+    asked = {"prompt": "hello world, hello", "max_tokens": 200, "ignore_eos": True}
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    connection.request("POST", COMPLETIONS, json.dumps(asked), JSON)
+    expected = json.loads(connection.getresponse().read())["choices"][0]["text"]
+
+    pieces, times, begun = [], [], threading.Event()
+
+    def read() -> None:
+        connection.request("POST", COMPLETIONS, json.dumps({**asked, "stream": True}), JSON)
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                pieces.append(json.loads(line[6:])["choices"][0]["text"])
+                times.append(time.monotonic())
+                begun.set()
+
+    engine.delay = 0.02
+    try:
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert begun.wait(10)
+        bodies = itertools.cycle([body for body, _ in RAW] + [b'{"prompt": "a", "stop": [' + b'"x",' * 1_000_000 + b'"x"]}'])
+        num_sent = 0
+        while reader.is_alive():
+            assert exchange(served, COMPLETIONS, next(bodies))[0] == 400
+            num_sent += 1
+        reader.join()
+    finally:
+        engine.delay = 0.0
+    assert "".join(pieces) == expected and num_sent > len(RAW)
+    assert max(b - a for a, b in itertools.pairwise(times)) < 1.5
 
 
 def test_still_serving(served):
