@@ -364,7 +364,8 @@ def test_a_stream_beside_them_goes_on_undisturbed(served):
         reader = threading.Thread(target=read)
         reader.start()
         assert begun.wait(10)
-        bodies = itertools.cycle([body for body, _ in RAW] + [b'{"prompt": "a", "stop": [' + b'"x",' * 1_000_000 + b'"x"]}'])
+        stops = b'{"prompt": "a", "stop": [' + b'"x",' * 1_000_000 + b'"x"]}'
+        bodies = itertools.cycle([*(body for body, _ in RAW), stops])
         num_sent = 0
         while reader.is_alive():
             assert exchange(served, COMPLETIONS, next(bodies))[0] == 400
