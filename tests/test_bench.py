@@ -103,7 +103,7 @@ def test_timeline_is_read_back():
             hf_overrides={"a b": [1, "x"]}, enable_prefix_caching=False, disable_log_stats=True,
             gpu_memory_utilization=0.5,
         ),
-        ServerConfig(port=9, served_model_name="x"),
+        ServerConfig(port=9, served_model_name=("x", "y")),
     ],
 )  # fmt: skip
 def test_flags_parse_to_the_config_they_came_from(config):

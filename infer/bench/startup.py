@@ -112,8 +112,9 @@ def to_flags(config: EngineConfig | ServerConfig) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
+            values = value if "metavar" in field.metadata else [value]  # a flag with several values, once for each
             # One word with "=": a value may begin with a dash.
-            flags.append(f"--{name}={_as_text(value)}")
+            flags += [f"--{name}={_as_text(value)}" for value in values]
     return flags
 
 
