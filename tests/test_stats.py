@@ -83,7 +83,6 @@ def test_the_message_to_the_frontend(checkpoint_dirs: dict[str, Path]) -> None:
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
         stats = engine.stats_message()
         assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
-        assert (stats.num_prompt_tokens, stats.num_generation_tokens) == (45, 8)
         assert stats.prefix_cache_queries == 45
         # The last token of each is drawn, and never computed; one block of the second prompt is the first's.
         assert sum(stats.iteration_tokens) == 45 - stats.prefix_cache_hits + 2 * 3
