@@ -99,17 +99,13 @@ class Generation:
         """Waits for outputs; returns what they add to each choice, once each. Raises ApiError where one failed."""
         deltas: dict[int, list[Delta]] = {}
         outputs = self._usable(await self._take())
-        self.job.is_rendering = True
-        try:
-            for i, (batch, _) in enumerate(_batches(outputs, _accept_work)):
-                if i:
-                    await asyncio.sleep(0)
-                for output in batch:
-                    choice = self._choice(output)
-                    if choice.finish_reason is None:  # else a stop string ended it, earlier in these outputs
-                        deltas.setdefault(choice.index, []).append(self._accept(choice, output))
-        finally:
-            self.job.is_rendering = False
+        for i, (batch, _) in enumerate(_batches(outputs, _accept_work)):
+            if i:
+                await asyncio.sleep(0)
+            for output in batch:
+                choice = self._choice(output)
+                if choice.finish_reason is None:  # else a stop string ended it, earlier in these outputs
+                    deltas.setdefault(choice.index, []).append(self._accept(choice, output))
         # One a choice: when it is rendered, the choice stands where its last output has brought it.
         return [(self.choices[index], Delta.joined(parts)) for index, parts in deltas.items()]
 
@@ -285,12 +281,12 @@ async def _write_step(
         return reply.work(choice, len(delta.text), delta.num_logprobs)
 
     batches = [*_batches(await generation.step(), work_of)]
-    for num_left, (steps, work) in zip(reversed(range(len(batches))), batches, strict=True):
-        data = await _render_events(body, generation, reply, offload, steps, work > MAX_INLINE_WORK)
-        generation.job.is_rendering = num_left > 0
-        await _write(http, response, data)
-        if num_left:
+    for num_done, (steps, work) in enumerate(batches):
+        if num_done:
             await asyncio.sleep(0)
+        data = await _render_events(body, generation, reply, offload, steps, work > MAX_INLINE_WORK)
+        with generation.job.writing():
+            await _write(http, response, data)
 
 
 async def _render_events(
@@ -308,11 +304,7 @@ async def _render_events(
             events.append(_event(chunk))
         return b"".join(events)
 
-    generation.job.is_rendering = True
-    try:
-        return await offload.run(heavy, render)
-    finally:
-        generation.job.is_rendering = False
+    return await offload.run(heavy, render)
 
 
 def _event(value: Any) -> bytes:

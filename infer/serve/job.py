@@ -1,7 +1,8 @@
 """One HTTP request's engine requests: what has come of them, and what is left to do. No torch here."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -9,10 +10,10 @@ from infer.request import Output, Request, TokenLogprobs
 from infer.serve.errors import ApiError
 from infer.serve.link import LinkError
 
-# What earlier frames may have left waiting for a client that reads too slowly when another comes: tokens and
-# log-probabilities, some 100 bytes each.
+# Tokens and log-probabilities, some 100 bytes each, that may come while a client takes one write; one that is slower
+# than that is ended. More may come while the frontend itself renders: that is not the client's slowness.
 MAX_PENDING_ENTRIES = 1 << 16
-MAX_PENDING_WHILE_RENDERING = 1 << 18  # then it is the frontend that is slow
+MAX_PENDING_IN_ALL = 1 << 18
 
 
 class Job:
@@ -28,9 +29,9 @@ class Job:
         # Choices that the client awaits and the engine works on: they leave when either is done with them.
         self.open = {request.request_id: set(range(request.params.n)) for request in requests}
         self.on_overflow = on_overflow
-        self.is_rendering = False
         self._outputs: list[Output] = []
         self._num_pending = 0
+        self._num_before_write: int | None = None  # pending when the write began that the client is taking
         self._failure: ApiError | None = None
         self._wake = asyncio.Event()
 
@@ -73,8 +74,19 @@ class Job:
     @property
     def overflowing(self) -> bool:
         """Whether the client is so slow that the job must end. Only streams can fall behind."""
-        most = MAX_PENDING_WHILE_RENDERING if self.is_rendering else MAX_PENDING_ENTRIES
-        return self.on_overflow is not None and self._num_pending > most
+        if self.on_overflow is None:
+            return False
+        come = 0 if self._num_before_write is None else self._num_pending - self._num_before_write
+        return come > MAX_PENDING_ENTRIES or self._num_pending > MAX_PENDING_IN_ALL
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While this lasts, it is the client that is waited for."""
+        self._num_before_write = self._num_pending
+        try:
+            yield
+        finally:
+            self._num_before_write = None
 
     def fail(self, error: ApiError) -> None:
         """Makes take() raise once the outputs that came before are taken."""

@@ -67,12 +67,13 @@ def test_only_what_earlier_frames_left_makes_a_reader_slow(monkeypatch):
             assert not ended
             assert sum(len(output.token_ids) for output in await job.take()) == 16
         engine._receive(Outputs(items=[more(48, 16)]))
-        job.is_rendering = True
         engine._receive(Outputs(items=[more(64, 1)]))
         assert not ended, "the frontend's own work is not the client's slowness"
-        job.is_rendering = False
-        engine._receive(Outputs(items=[more(65, 1)]))
-        assert ended
+        with job.writing():
+            engine._receive(Outputs(items=[more(65, 11)]))
+            assert not ended
+            engine._receive(Outputs(items=[more(76, 1)]))
+            assert ended
 
     asyncio.run(run())
 
@@ -97,17 +98,23 @@ def test_the_turns_of_others_make_no_reader_slow(monkeypatch, tokenizer):
         work = Generation(engine, body, [Prompt([65])], [request], tokenizer, lambda: ended.append(1))
         engine._receive(Outputs(items=[Output(request_id="r", index=i, token_ids=[65]) for i in range(300)]))
 
+        def send(index):
+            engine._receive(Outputs(items=[Output(request_id="r", token_ids=[65] * 11, token_index=index)]))
+
         async def send_more():
-            for _ in range(4):
-                engine._receive(Outputs(items=[Output(request_id="r", token_ids=[65] * 11)]))
+            for i in range(4):
+                send(1 + 11 * i)
                 await asyncio.sleep(0)
 
         reply = CompletionReply("i", "m", tokenizer, body)
         more = asyncio.create_task(send_more())
         await generation._write_step(None, response, body, work, reply, Offload())
         assert response.num_writes > 4 and more.done() and not ended
-        engine._receive(Outputs(items=[Output(request_id="r", token_ids=[65])]))
-        assert ended, "now it would be"
+        with work.job.writing():
+            send(45)
+            assert not ended
+            send(56)
+            assert ended, "11 tokens were there when these came, all within one write"
 
     asyncio.run(run())
 
