@@ -1,5 +1,6 @@
 """Engine outputs to what OpenAI's JSON shares: choices, log-probabilities, usage, a reply's frame. No torch here."""
 
+import abc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -136,7 +137,7 @@ def finite_logprob(logprob: float) -> float:
     return logprob if MIN_LOGPROB < logprob < math.inf else MIN_LOGPROB  # NaN compares false
 
 
-class Reply:
+class Reply(abc.ABC):
     """What the two routes share. Subclasses say how a choice looks, whole and as a chunk; what return_token_ids and
     prompt_logprobs add is the same for all and added here.
 
@@ -225,11 +226,13 @@ class Reply:
             extras["prompt_logprobs"] = self.prompt_logprobs(prompt)
         return extras
 
+    @abc.abstractmethod
     def whole_choice(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """A finished choice in a reply that is not streamed."""
 
+    @abc.abstractmethod
     def chunk_choice(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """What a delta adds to a choice, in one event; None where there is nothing to say yet."""
 
     def token_name(self, token_id: int) -> str:
         """A token as log-probabilities name it: its text, or its id where return_tokens_as_token_ids asks for that."""

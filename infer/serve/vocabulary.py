@@ -1,12 +1,13 @@
 """What every tokenizer can do, whatever its files: text to token ids, and tokens to bytes and text. No torch here."""
 
+import abc
 from collections.abc import Sequence
 from typing import ClassVar
 
 WORD_BEGIN = "\u2581"  # stands for a space in vocabularies of SentencePiece's kind
 
 
-class Vocabulary:
+class Vocabulary(abc.ABC):
     """Base of the kinds of tokenizer. Ids are [0, vocab_size); the model's own vocabulary may be padded beyond.
 
     special_ids: left out of decoded text by skip_special_tokens. added_ids: tokens that stand for their own text, the
@@ -27,25 +28,25 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}  # both are filled as tokens are seen
         self._texts: dict[int, str | None] = {}
 
+    @abc.abstractmethod
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids. Raises ValueError where the text holds what is no character."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def token_id(self, piece: str) -> int | None:
         """The id of the token that the vocabulary spells so; None where there is none."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it, such as "Ġworld" or "▁world"; empty outside the vocabulary."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def is_byte_token(self, token_id: int) -> bool:
         """Whether a token stands for one byte of a character the vocabulary lacks (never with byte-level BPE)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def spell(self, token_id: int) -> bytes:
         """token_bytes, worked out."""
-        raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for inside a text; empty outside the vocabulary."""

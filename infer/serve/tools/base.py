@@ -1,5 +1,6 @@
 """What every tool-call parser is: text in pieces goes in, content and calls in pieces come out. No torch here."""
 
+import abc
 import itertools
 import secrets
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ class ToolDelta:
     name: str | None = None
 
 
-class ToolParser:
+class ToolParser(abc.ABC):
     """Finds the tool calls in one choice's text.
 
     The calls and the content, joined, do not depend on how the text was divided: a subclass is one generator, _read(),
@@ -75,9 +76,9 @@ class ToolParser:
             self._content("")
         return self._take()
 
+    @abc.abstractmethod
     def _read(self) -> Reading[None]:
         """Reads all of the text."""
-        raise NotImplementedError
 
     @staticmethod
     def new_id() -> str:
