@@ -34,7 +34,8 @@ logger = logging.getLogger("infer.serve")
 PORT_WAIT_SECONDS = 15.0  # after a restart: how long the port may still be held by our previous frontend
 NEW_PORT_WAIT_SECONDS = 2.0  # and by that of a torchrun that has just ended
 FRONTEND_RESTARTS = 3  # in a row, each within a minute of the last
-SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes
+SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes, but this one
+JOINING = "joining the world"
 
 
 def main() -> None:
@@ -138,7 +139,7 @@ class Server:
             self._timeline.begin("checking the model")
             check(config, self._env.world_size, program)
             self._connect()
-        self._begin_phase("joining the world")
+        self._begin_phase(JOINING)
         process = Process.join(self._env)
         self._watchdog = process.world.watchdog
         self._watchdog.before_end(self._leave_frontend)
@@ -250,7 +251,8 @@ class Server:
 
         def say_on() -> None:
             while not self._is_ready.wait(SIGN_SECONDS):
-                self._say_phase()
+                if self._phase != JOINING:  # to wait for a node that may never come is no progress
+                    self._say_phase()
 
         threading.Thread(target=say_on, name="signs", daemon=True).start()
 
