@@ -268,6 +268,7 @@ class Joining:
         self._where = f"torchrun's store at {env.master_addr}:{env.master_port}"
         self._store: PrefixStore | None = None
         self._joined = threading.Event()
+        self._watcher: threading.Thread | None = None
         self._deadline = threading.Timer(0, self._end)
 
     def __enter__(self) -> "Joining":
@@ -282,21 +283,31 @@ class Joining:
         generation = Agreement(base, identity, env.world_size, tells=env.local_rank == 0).reach()
         self._store = PrefixStore(generation.prefix, base)
         self._end_after(CONNECT_SECONDS + STUCK_SECONDS)
-        threading.Thread(target=self._watch, args=(generation,), name="joining", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(generation,), name="joining", daemon=True)
+        self._watcher.start()
         return generation, self._store
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            assert self._store is not None, "agree() was called"
-            self._store.set(_connected_key(self._env.rank), "")
-            self._joined.set()
-        elif isinstance(error, RuntimeError):  # the store's, a group's, or a JoinError
-            if self._store is not None:  # the watch may name the rank that is behind it, and then it ends this process
+            error = self._say_connected()
+        if isinstance(error, RuntimeError):  # the store's, a group's, or a JoinError
+            if self._watcher is not None:  # it may name the rank that is behind this, and then it ends this process
                 time.sleep(4 * WATCH_SECONDS)
             self._end(self._describe(error))
+        self._joined.set()
         self._deadline.cancel()
+        if self._watcher is not None:
+            self._watcher.join(STUCK_SECONDS)
+
+    def _say_connected(self) -> RuntimeError | None:
+        assert self._store is not None, "agree() was called"
+        try:
+            self._store.set(_connected_key(self._env.rank), "")
+        except RuntimeError as error:
+            return error
+        return None
 
     # ------------------------------------------------------------------ other threads'
 
