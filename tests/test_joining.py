@@ -6,10 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from worlds import ROOT, SCRIPTS, python_path
 
 from infer import launch
@@ -19,6 +19,9 @@ from infer.parallel.joining import CALL, Agreement, Call, Generation, JoinError,
 from infer.parallel.peers import Identity
 
 SECONDS = 20.0  # for what takes some milliseconds
+
+# Of the threads that stand for processes here, some end by SystemExit.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture
@@ -176,34 +179,54 @@ def test_a_member_s_successor_ends_the_generation(server):
     assert find_successor(server, generation, 2) == "rank 0 was started anew while the ranks connected"
 
 
-@pytest.fixture
-def ends(monkeypatch) -> Iterator[queue.SimpleQueue]:
-    """What launch.end was told, (rank, reason), in place of the process's end."""
-    told: queue.SimpleQueue = queue.SimpleQueue()
+class Members:
+    """Processes that join, as threads. told: what launch.end was told in place of a process's end, (rank, reason)."""
 
-    def end(reason, env):
-        told.put((env.rank, reason))
+    def __init__(self) -> None:
+        self.told: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._joinings: list[Joining] = []
+        self._threads: list[threading.Thread] = []
+
+    def end(self, reason: str, env: RankEnv) -> None:
+        self.told.put((env.rank, reason))
         raise SystemExit(1)
 
-    monkeypatch.setattr(launch, "end", end)
+    def start(self, port: int, rank: int, connect: Callable[[PrefixStore], object], size: int = 2) -> None:
+        """A rank that connects by calling `connect` with its store."""
+        env = RankEnv(rank=rank, world_size=size, master_addr="127.0.0.1", master_port=port)
+        self._joinings.append(Joining(env))
+        self._threads.append(threading.Thread(target=self._join, args=(self._joinings[-1], connect), daemon=True))
+        self._threads[-1].start()
+
+    def _join(self, one: Joining, connect: Callable[[PrefixStore], object]) -> None:
+        with one:
+            connect(one.agree()[1])
+
+    def next(self) -> tuple[int, str]:
+        rank, reason = self.told.get(timeout=SECONDS)
+        return rank, reason.removeprefix("joining the world: ")
+
+    def stop(self) -> None:
+        """What the end of a process does to its threads."""
+        for one in self._joinings:
+            one._joined.set()
+            one._deadline.cancel()
+            if one._watcher is not None:
+                one._watcher.join(SECONDS)
+        for thread in self._threads:
+            thread.join(SECONDS)
+
+
+@pytest.fixture
+def members(server, monkeypatch) -> Iterator[Members]:
+    found = Members()
+    monkeypatch.setattr(launch, "end", found.end)
     monkeypatch.setattr(joining, "WATCH_SECONDS", 0.02)
-    yield told
+    yield found
+    found.stop()
 
 
-def member(server: TCPStore, rank: int, connect, size: int = 2) -> threading.Thread:
-    """A rank that joins, and connects by calling `connect` with its store."""
-    env = RankEnv(rank=rank, world_size=size, master_addr="127.0.0.1", master_port=server.port)
-
-    def join():
-        with Joining(env) as joined:
-            connect(joined.agree()[1])
-
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_the_members_that_connect_end_when_one_is_replaced(server, ends):
+def test_the_members_that_connect_end_when_one_is_replaced(server, members):
     agreed, over = threading.Semaphore(0), threading.Event()
 
     def connect(store):
@@ -211,46 +234,45 @@ def test_the_members_that_connect_end_when_one_is_replaced(server, ends):
         over.wait(SECONDS)
 
     for rank in range(3):
-        member(server, rank, connect, size=3)
+        members.start(server.port, rank, connect, size=3)
     for _ in range(3):
         assert agreed.acquire(timeout=SECONDS)
-    Rank(server, 2, 3)
-    told = dict(ends.get(timeout=SECONDS) for _ in range(3))
+    Rank(server, 2, 3, seconds=1.0)
+    told = dict(members.next() for _ in range(3))
     over.set()
-    assert told[0].startswith("joining the world: rank 2 (host ") and told[0].endswith("anew while the ranks connected")
-    assert told[1] == told[2] == "joining the world: a rank was started anew while the ranks connected, as rank 0 tells"
+    assert told[0].startswith("rank 2 (host ") and told[0].endswith(") was started anew while the ranks connected")
+    assert told[1] == told[2] == "a rank was started anew while the ranks connected, as rank 0 tells"
 
 
-def test_a_member_that_does_not_connect_is_named(server, ends, monkeypatch):
+def test_a_member_that_does_not_connect_is_named(server, members, monkeypatch):
     monkeypatch.setattr(joining, "CONNECT_SECONDS", 0.5)
     over = threading.Event()
-    member(server, 0, lambda store: over.wait(SECONDS))
-    member(server, 1, lambda store: None)
-    rank, reason = ends.get(timeout=SECONDS)
+    members.start(server.port, 0, lambda store: over.wait(SECONDS))
+    members.start(server.port, 1, lambda store: None)
+    rank, reason = members.next()
     over.set()
-    assert rank == 0 and reason.startswith("joining the world: rank 0 (host ")
-    assert reason.endswith("has not connected to the others within 0.5 s") and "rank 1" not in reason
+    assert rank == 0 and reason.startswith("rank 0 (host ") and "rank 1" not in reason
+    assert reason.endswith("has not connected to the others within 0.5 s")
 
 
-def test_a_group_that_cannot_be_made_ends_the_rank_with_its_first_line(server, ends):
+def test_a_group_that_cannot_be_made_ends_the_rank_with_its_first_line(server, members):
     def fail(store):
         raise RuntimeError("Connection refused\nException raised from connect")
 
     for rank in range(2):
-        member(server, rank, fail)
-    told = {ends.get(timeout=SECONDS) for _ in range(2)}
-    assert told == {(rank, "joining the world: Connection refused") for rank in range(2)}
+        members.start(server.port, rank, fail)
+    assert {members.next() for _ in range(2)} == {(0, "Connection refused"), (1, "Connection refused")}
 
 
-def test_a_store_that_is_gone_is_told(ends):
+def test_a_store_that_is_gone_is_told(members):
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=SECONDS))
     port = store.port
-    member(store, 0, lambda store: None)
+    members.start(port, 0, lambda store: None)
     while not store.check([CALL]):
         time.sleep(0.01)
     del store
-    rank, reason = ends.get(timeout=SECONDS)
-    assert rank == 0 and reason.startswith(f"joining the world: torchrun's store at 127.0.0.1:{port} is lost: ")
+    rank, reason = members.next()
+    assert rank == 0 and reason.startswith(f"torchrun's store at 127.0.0.1:{port} is lost: ")
 
 
 # ------------------------------------------------------------------------------------------------ processes

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.slow
 NAME = "tiny"
 START_SECONDS = 90.0
 STREAM_SECONDS = 150.0
-LOST = "infer: rank {} ends: "
 
 
 @dataclass
@@ -132,17 +131,20 @@ def test_a_rank_is_killed(running: TwoNodes, undisturbed: list[Stream], rank: in
     check_disturbed(running, undisturbed, kill, f"rank {rank} killed")
     other = 1 - rank // 2
     ended = running.nodes.log(other).split("infer: rank")[before[other] + 1 :]
-    assert len(ended) == 2 and all(f" ends: rank {rank} (host node{rank // 2}, " in line for line in ended), ended
+    assert ended and all(f" ends: rank {rank} (host node{rank // 2}, " in line for line in ended), ended
 
 
 def test_the_link_is_cut_and_healed(running: TwoNodes, undisturbed: list[Stream]) -> None:
     """Each side sees the other silent and ends; they come together when the link is there again."""
     before = [running.nodes.log(i).count("silent since") for i in range(2)]
 
+    def both_ended() -> bool:
+        return all(running.nodes.log(i).count("silent since") > before[i] for i in range(2))
+
     async def cut() -> None:
         started = time.monotonic()
         running.nodes.cut()
-        while not all(running.nodes.log(i).count("silent since") >= before[i] + 2 for i in range(2)):
+        while not both_ended():
             await asyncio.sleep(0.05)
         print(f"both sides ended {time.monotonic() - started:.1f} s after the cut", end=", ")
         await asyncio.sleep(2.0)  # into the next generation's start
