@@ -1,6 +1,7 @@
 """Ranks agree on who is in a generation, whatever earlier processes left in the store; and none waits for ever."""
 
 import datetime
+import os
 import queue
 import subprocess
 import sys
@@ -281,13 +282,22 @@ def test_a_store_that_is_gone_is_told(members):
 def test_restart_counts_need_not_be_equal(server):
     """Two ranks whose agents count differently make a world, and another after it, on the same store."""
     for number, counts in enumerate([(0, 3), (4, 0)], start=1):
-        processes = []
-        for rank, count in enumerate(counts):
-            environ = {
-                "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port),
-                "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "1",
-                "TORCHELASTIC_RESTART_COUNT": str(count), "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = [sys.executable, str(SCRIPTS / "say_generation.py")]
-            processes.append(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True))
-        assert [process.communicate(timeout=60)[0] for process in processes] == [f"generation {number}\n"] * 2
+        processes = [say_generation(server.port, rank, count) for rank, count in enumerate(counts)]
+        try:
+            told = [process.communicate(timeout=60)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert told == [f"generation {number}\n"] * 2
+
+
+def say_generation(port: int, rank: int, restart_count: int) -> subprocess.Popen[str]:
+    """One of two ranks, each on a node of its own."""
+    environ = {
+        **os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(restart_count),
+    }  # fmt: skip
+    command = [sys.executable, str(SCRIPTS / "say_generation.py")]
+    return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)

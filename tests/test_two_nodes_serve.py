@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 NAME = "tiny"
 START_SECONDS = 90.0
 STREAM_SECONDS = 150.0
+DEADLINE_SECONDS = 20.0  # longer than a start here takes
 
 
 @dataclass
@@ -84,7 +85,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         socket_path = nodes.directory / "http.sock"
         arguments = [
             "--uds", socket_path, "--model", model, "--served-model-name", NAME, "--dtype", "float32", "-tp", 2,
-            "-pp", 2, "--kv-cache-memory-bytes", "64M", "--num-threads", 1,
+            "-pp", 2, "--kv-cache-memory-bytes", "64M", "--num-threads", 1, "--restart-deadline", DEADLINE_SECONDS,
         ]  # fmt: skip
         server = TwoNodes(nodes, socket_path, arguments)
         server.agents = [server.start(i) for i in range(2)]
@@ -104,10 +105,10 @@ def healthy(running: TwoNodes) -> None:
     running.wait_healthy()
 
 
-def check_disturbed(
-    running: TwoNodes, undisturbed: list[Stream], disturb: Callable[[], Awaitable[None]], what: str
-) -> None:
-    """The streams are the undisturbed ones', though something happens when they have a share of their tokens."""
+def stream_disturbed(
+    running: TwoNodes, undisturbed: list[Stream], disturb: Callable[[], Awaitable[None]]
+) -> list[Stream]:
+    """The streams, to which something happens when they have a share of their tokens."""
     share = sum(stream.num_tokens for stream in undisturbed) // 4
 
     async def meanwhile(streams: list[Stream]) -> None:
@@ -115,7 +116,13 @@ def check_disturbed(
             await asyncio.sleep(0.005)
         await disturb()
 
-    streams = asyncio.run(running.stream_all(meanwhile))
+    return asyncio.run(running.stream_all(meanwhile))
+
+
+def check_disturbed(
+    running: TwoNodes, undisturbed: list[Stream], disturb: Callable[[], Awaitable[None]], what: str
+) -> None:
+    streams = stream_disturbed(running, undisturbed, disturb)
     check_same(undisturbed, streams)
     print(f"{what}: the longest gap of {len(streams)} streams: {max(s.longest_gap for s in streams):.1f} s")
 
@@ -162,6 +169,23 @@ def test_torchrun_of_node_1_is_killed_and_started_again(running: TwoNodes, undis
         running.agents[1] = running.start(1)
 
     check_disturbed(running, undisturbed, replace, "torchrun of node 1 killed and started again")
+
+
+def test_a_node_that_does_not_come_back_in_time(running: TwoNodes, undisturbed: list[Stream]) -> None:
+    """The streams end with an error; and there is service again once it comes after all."""
+
+    async def kill() -> None:
+        os.kill(running.agents[1].pid, signal.SIGKILL)
+
+    streams = stream_disturbed(running, undisturbed, kill)
+    errors = [stream.error["message"] for stream in streams if stream.error is not None]
+    assert errors and all(f"no engine has come up within {DEADLINE_SECONDS:g} s" in error for error in errors), errors
+    assert all(stream.error or stream.finish for stream in streams)
+    missing = "nothing has come from rank 2 (last on host node1), rank 3 (last on host node1) of 4 ranks"
+    assert f"joining the world: {missing}" in running.nodes.log(0)
+    running.agents[1] = running.start(1)
+    running.wait_healthy()
+    check_same(undisturbed, asyncio.run(running.stream_all()))
 
 
 def test_torchrun_of_node_0_is_killed_and_both_are_started_again(running: TwoNodes, undisturbed: list[Stream]) -> None:
