@@ -75,7 +75,7 @@ def lose(server: TCPStore, rank: int, size: int) -> None:
     def be_lost(*_: object) -> None:
         raise Lost
 
-    agreement._list_of = agreement._check_time = agreement._write_list = be_lost
+    agreement._list_of = agreement._pause = agreement._write_list = be_lost
     with pytest.raises(Lost):
         agreement.reach()
 
@@ -129,7 +129,7 @@ def test_rank_0_that_is_lost_before_the_list_calls_again(server):
     lose(server, 0, 3)
     waiting = [Rank(server, 1, 3), Rank(server, 2, 3)]
     lose(server, 0, 3)
-    time.sleep(2 * joining.SLICE_SECONDS)
+    time.sleep(5 * joining.POLL_SECONDS)
     assert not any(rank.generation for rank in waiting)
     generations = [rank.result() for rank in (Rank(server, 0, 3), *waiting)]
     assert generations[0] == generations[1] == generations[2] and generations[0].number == 3

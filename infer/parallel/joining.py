@@ -26,7 +26,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 import msgspec
 from torch._C._distributed_c10d import PrefixStore, TCPStore
-from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed import DistNetworkError
 
 from infer import launch
 from infer.launch import RankEnv
@@ -37,11 +37,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_SECONDS = 600.0  # for all ranks to be there; torchrun's own meeting of the nodes takes up to 900 s
-CONNECT_SECONDS = 300.0  # for all to connect, once they are
+CONNECT_SECONDS = 120.0  # for all to connect, once they are
 STUCK_SECONDS = 15.0  # a call of the store that has not come back so long after the time is over never will
 LATE_SECONDS = (10.0, 60.0)  # who is missing is logged after the first, then every so often
-POLL_SECONDS = 0.05  # between two looks for a call
-SLICE_SECONDS = 0.25  # of waiting for a list, whose call may be replaced meanwhile
+POLL_SECONDS, POLL_SECONDS_PER_RANK = 0.02, 0.0005  # between two looks: one thread of the store answers to all ranks
 WATCH_SECONDS = 0.25  # between two looks for a successor of a member
 
 CALLS, CALL = "infer/calls", "infer/call"  # how many there were; the one that counts
@@ -59,7 +58,6 @@ class Store(Protocol):
     def get(self, key: str, /) -> bytes: ...
     def multi_get(self, keys: list[str], /) -> list[bytes]: ...
     def check(self, keys: list[str], /) -> bool: ...
-    def wait(self, keys: list[str], timeout: datetime.timedelta, /) -> None: ...
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -122,15 +120,6 @@ def _current_call(store: Store) -> Call | None:
     return _read(CALL, store.get(CALL), _call_decoder) if store.check([CALL]) else None
 
 
-def _wait(store: Store, keys: list[str], seconds: float) -> bool:
-    """Whether all keys are there within the time."""
-    try:
-        store.wait(keys, datetime.timedelta(seconds=seconds))
-    except DistStoreError:  # any other error is the store's loss
-        return False
-    return True
-
-
 def _answer_key(call: Call, rank: int) -> str:
     return f"infer/answer/{call.nonce}/{rank}"
 
@@ -167,8 +156,8 @@ class Agreement:
         call = self._open = Call(self._store.add(CALLS, 1), self._me.nonce, self._size)
         _write(self._store, CALL, call)
         keys = [_answer_key(call, rank) for rank in range(1, self._size)]
-        while not _wait(self._store, keys, SLICE_SECONDS):
-            self._check_time()
+        while not self._store.check(keys):
+            self._pause()
         return self._write_list(call, (self._me, *_answers(self._store, keys)))
 
     def _write_list(self, call: Call, members: tuple[Answer, ...]) -> Generation:
@@ -189,19 +178,19 @@ class Agreement:
                 elif members and members[self._rank] == self._me:
                     return Generation(call.number, call.nonce, members)
                 # Else it is the list of a generation before this process: rank 0 will call again.
-            if self._open is None:
-                time.sleep(POLL_SECONDS)
-            self._check_time()
+            self._pause()
 
     def _list_of(self, call: Call) -> tuple[Answer, ...] | None:
-        """Waits for the list, not long: the call may be replaced. Empty for that of a world of another size."""
+        """None while there is none. Empty for that of a world of another size."""
         key = _list_key(call)
-        if not _wait(self._store, [key], SLICE_SECONDS):
+        if not self._store.check([key]):
             return None
         members = _read(key, self._store.get(key), _list_decoder)
         return members if len(members) == self._size else ()
 
-    def _check_time(self) -> None:
+    def _pause(self) -> None:
+        """Until the next look. A look, not a wait: torch logs every wait whose time is over as a fault."""
+        time.sleep(max(POLL_SECONDS, POLL_SECONDS_PER_RANK * self._size))
         now = time.monotonic()
         if now - self._began > self._seconds:
             raise JoinError(f"{self.describe_missing()} after {self._seconds:g} s")
