@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_SECONDS = 600.0  # for all ranks to be there; torchrun's own meeting of the nodes takes up to 900 s
+REACH_SECONDS = 30.0  # for a store that torchrun has reached before this rank was started
 CONNECT_SECONDS = 120.0  # for all to connect, once they are
 STUCK_SECONDS = 15.0  # a call of the store that has not come back so long after the time is over never will
 LATE_SECONDS = (10.0, 60.0)  # who is missing is logged after the first, then every so often
@@ -314,8 +315,14 @@ class Joining:
                 self._end(self._describe(error))
 
     def _connect(self, owns: bool) -> TCPStore:
-        env, timeout = self._env, datetime.timedelta(seconds=JOIN_SECONDS)
-        return TCPStore(env.master_addr, env.master_port, is_master=owns, timeout=timeout)
+        """The store, or DistNetworkError. Without torchrun it comes to be only when rank 0 does."""
+        env = self._env
+        reach = REACH_SECONDS if env.under_torchrun else JOIN_SECONDS
+        store = TCPStore(
+            env.master_addr, env.master_port, is_master=owns, timeout=datetime.timedelta(seconds=reach)
+        )
+        store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
+        return store
 
     def _end_after(self, seconds: float) -> None:
         self._deadline.cancel()
