@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_SECONDS = 600.0  # for all ranks to be there; torchrun's own meeting of the nodes takes up to 900 s
-REACH_SECONDS = 30.0  # for a store that torchrun has reached before this rank was started
+REACH_SECONDS = 30.0  # for a store that torchrun reached before it started this rank
 CONNECT_SECONDS = 120.0  # for all to connect, once they are
 STUCK_SECONDS = 15.0  # a call of the store that has not come back so long after the time is over never will
 LATE_SECONDS = (10.0, 60.0)  # who is missing is logged after the first, then every so often
@@ -252,10 +252,10 @@ class Joining:
     a lost rank as long as groups may idle, a store's client for a network that is down until the kernel gives up.
     """
 
-    def __init__(self, env: RankEnv, owns_store: bool = False):
-        """owns_store: this process makes the store, as there is no torchrun to have made it."""
-        self._env, self._owns_store = env, owns_store
-        self._where = f"torchrun's store at {env.master_addr}:{env.master_port}"
+    def __init__(self, env: RankEnv, has_agent: bool = True):
+        """has_agent: torchrun has made the store; else rank 0 does."""
+        self._env, self._has_agent = env, has_agent
+        self._where = f"{'torchrun' if has_agent else 'rank 0'}'s store at {env.master_addr}:{env.master_port}"
         self._store: PrefixStore | None = None
         self._joined = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -268,7 +268,7 @@ class Joining:
     def agree(self) -> tuple[Generation, PrefixStore]:
         """The generation, and its part of the store. From here on a member's loss ends this process."""
         env = self._env
-        base = self._connect(self._owns_store)
+        base = self._connect(makes=env.rank == 0 and not self._has_agent)
         identity = peers.own_identity(env.rank, socket.gethostname())
         generation = Agreement(base, identity, env.world_size, tells=env.local_rank == 0).reach()
         self._store = PrefixStore(generation.prefix, base)
@@ -303,7 +303,7 @@ class Joining:
 
     def _watch(self, generation: Generation) -> None:
         try:
-            store = self._connect(owns=False)  # of its own: a client does one thing at a time
+            store = self._connect(makes=False)  # of its own: a client does one thing at a time
             until = time.monotonic() + CONNECT_SECONDS
             while not self._joined.wait(WATCH_SECONDS):
                 if (reason := find_successor(store, generation, self._env.rank)) is not None:
@@ -314,13 +314,11 @@ class Joining:
             if not self._joined.is_set():  # else it is the main thread's, or the watchdog's, to find
                 self._end(self._describe(error))
 
-    def _connect(self, owns: bool) -> TCPStore:
-        """The store, or DistNetworkError. Without torchrun it comes to be only when rank 0 does."""
-        env = self._env
-        reach = REACH_SECONDS if env.under_torchrun else JOIN_SECONDS
-        store = TCPStore(
-            env.master_addr, env.master_port, is_master=owns, timeout=datetime.timedelta(seconds=reach)
-        )
+    def _connect(self, makes: bool) -> TCPStore:
+        """The store. Raises DistNetworkError."""
+        env, reach = self._env, REACH_SECONDS if self._has_agent else JOIN_SECONDS
+        timeout = datetime.timedelta(seconds=reach)
+        store = TCPStore(env.master_addr, env.master_port, is_master=makes, timeout=timeout)
         store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
         return store
 
