@@ -108,7 +108,7 @@ def test_the_turns_of_others_make_no_reader_slow(monkeypatch, tokenizer):
 
         reply = CompletionReply("i", "m", tokenizer, body)
         more = asyncio.create_task(send_more())
-        await generation._write_step(None, response, body, work, reply, Offload())
+        await generation._write_step(generation.ReplyWriter(None, response), body, work, reply, Offload())
         assert response.num_writes > 4 and more.done() and not ended
         with work.job.writing():
             send(45)
