@@ -34,8 +34,8 @@ class RankEnv:
     """This process's place in torchrun's world, as its environment tells it.
 
     Invariants: 0 <= rank < world_size, 0 <= local_rank < local_world_size <= world_size, restart_count >= 0.
-    agent_pid is torchrun's process on this host; 0 without torchrun. restart_count is that torchrun's own: another node's
-    may differ.
+    agent_pid is torchrun's process on this host; 0 without torchrun. restart_count is that torchrun's own:
+    another node's may differ.
     """
 
     rank: int = 0
