@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from infer.request import FinishReason, Output, Request
-from infer.serve.errors import ApiError, check_model
+from infer.serve.errors import ApiError, check_model, unavailable
 from infer.serve.job import Job
 from infer.serve.link import (
     HEADER,
@@ -23,7 +23,10 @@ from infer.serve.link import (
     Message,
     Outputs,
     Progress,
+    Ranks,
+    RankState,
     Started,
+    Stop,
     Submit,
     decode_from_engine,
     encode_frame,
@@ -55,7 +58,9 @@ class EngineClient:
     must say, so that a frontend never serves another model's engine. max_queued: prompts that may wait for their first
     token. identity: what an engine must say in Attach. restart_deadline: seconds without an engine, or a sign of one
     that starts, after which all is over; None where it is over as soon as the engine is. stats: the engine's latest
-    figures, which came at stats_time (time.monotonic()).
+    figures, which came at stats_time (time.monotonic()). ranks, ranks_time: the same of the ranks' states, which stay
+    as they were when the engine is gone, until there is news of the next one's. when_stopped: called where the engine
+    says that the server is to end, with the reason and the seconds left; whoever ends it sets stop_reason.
     """
 
     def __init__(
@@ -65,12 +70,16 @@ class EngineClient:
         self.model_names = model_names
         self.metrics = metrics or Metrics(model_names[0])
         self.phase = "waiting for the engine"
+        self.stop_reason = ""  # why the server is going to end, once it is
+        self.when_stopped: Callable[[str, float], object] = lambda reason, timeout_s: None
         self.hello: Hello | None = None  # of the latest engine, which may be gone
         self.connected = asyncio.Event()  # set once, with the first Hello
         self.lost = asyncio.Event()  # set once, when the engine is gone and no other will be taken
         self.lost_reason = ""
         self.stats: EngineStats | None = None
         self.stats_time = 0.0
+        self.ranks: list[RankState] = []
+        self.ranks_time = 0.0
         self._max_queued = max_queued
         self._identity, self._restart_deadline = identity, restart_deadline
         self._deadline: asyncio.TimerHandle | None = None
@@ -110,8 +119,7 @@ class EngineClient:
         During a restart there is one: requests are taken, and wait for the next engine.
         """
         if self.hello is None:
-            message = f"the server is not ready: {self.phase}"
-            raise ApiError(503, message, type="service_unavailable", code="not_ready", headers={"Retry-After": "1"})
+            raise unavailable(f"the server is not ready: {self.phase}", "not_ready")
         return self.hello
 
     @property
@@ -123,8 +131,12 @@ class EngineClient:
         """Raises ApiError (503) unless an engine is there that takes requests."""
         self.ready()
         if self.is_restarting:
-            message = f"the server is restarting: {self.phase}"
-            raise ApiError(503, message, type="service_unavailable", code="restarting", headers={"Retry-After": "1"})
+            raise unavailable(f"the server is restarting: {self.phase}", "restarting")
+
+    def check_open(self) -> None:
+        """Raises ApiError (503) once the server is going to end: it takes no new requests then."""
+        if self.stop_reason:
+            raise unavailable(f"the server is shutting down and takes no new requests: {self.stop_reason}", "stopping")
 
     def check_alive(self) -> None:
         """Raises ApiError (503), which names the rank, unless every rank was heard from lately: rank 0 itself while it
@@ -135,8 +147,7 @@ class EngineClient:
         silence = dict(enumerate(ages)) | {0: time.monotonic() - self._heard if self._jobs else 0.0}
         rank, seconds = max(silence.items(), key=lambda item: item[1])
         if seconds > MAX_SILENCE_S:
-            message = f"rank {rank} was last heard from {seconds:.0f} s ago"
-            raise ApiError(503, message, type="service_unavailable", code="rank_silent")
+            raise unavailable(f"rank {rank} was last heard from {seconds:.0f} s ago", "rank_silent", None)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError (404) unless a request that names this model may be served here; None and "" name none."""
@@ -148,8 +159,10 @@ class EngineClient:
         """Hands requests to the engine, or during a restart to the next. on_overflow is called when their reader falls
         too far behind. frames: submission(requests), where a thread has made it.
 
-        Raises ApiError: 503 before the first engine, 429 where as many prompts wait as may.
+        Raises ApiError: 503 before the first engine and once the server is going to end, 429 where as many prompts wait
+        as may.
         """
+        self.check_open()
         self.ready()
         self._check_queue()
         job = Job(requests, on_overflow)
@@ -283,7 +296,7 @@ class EngineClient:
         """All that it had not told is to be done again, by the next engine. final: there will be none."""
         self.metrics.engine_lost()
         self.stats = None
-        if self._restart_deadline is None or final or self.lost.is_set():
+        if self._restart_deadline is None or final or self.stop_reason or self.lost.is_set():
             self.fail_all(reason)
             return
         guilty = self._replay.close()
@@ -341,6 +354,10 @@ class EngineClient:
                 if not self._replay.is_open:  # else it was overtaken by Hello
                     self.phase = message.phase
                     self._await_sign()
+            case Ranks():
+                self.ranks, self.ranks_time = message.items, time.monotonic()
+            case Stop():
+                self.when_stopped(message.reason, message.timeout_s)
             case Hello():
                 self._welcome(message)
             case Attach():
@@ -393,7 +410,7 @@ class EngineClient:
         self.metrics.engine_lost()
         self.phase = reason
         for job in set(self._jobs.values()):
-            job.fail(ApiError(503, reason, type="service_unavailable", code="engine_gone"))
+            job.fail(unavailable(reason, "engine_gone", None))
         if not self.lost.is_set():
             self.lost_reason = reason
             self.lost.set()
