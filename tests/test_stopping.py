@@ -10,18 +10,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from serving import Server, interrupt, server
-from worlds import SCRIPTS, run_world
+from serving import Server, interrupt, server, small
+from worlds import ROOT, SCRIPTS, run_world
 
 from infer.signals import SAME_SECONDS
-
-
-def small(path: Path) -> tuple[object, ...]:
-    """A tiny model, so slow by its small batches that streams last a while."""
-    return (
-        "--model", path, "--dtype", "float32", "--max-model-len", 512, "--num-gpu-blocks-override", 512,
-        "--num-threads", 1, "--served-model-name", "tiny",
-    )  # fmt: skip
 
 
 def body(seed: int, max_tokens: int) -> dict:
@@ -99,8 +91,8 @@ def test_sigterm_under_load_cuts_nothing(checkpoint_dirs: dict[str, Path]) -> No
         running.process.wait(15)
         check_gone(running, before)
         assert "All ranks have ended their work" in running.log
-        for trouble in ("infer: rank", "Traceback (most recent call last):\n  File \"<frozen", "via SIGKILL", "-9"):
-            assert f"{trouble}" not in running.log.replace("torch/distributed", ""), running.log
+        for trouble in ("infer: rank", f"{ROOT}/infer/", "SIGKILL"):
+            assert trouble not in running.log, running.log
 
 
 def test_sigterm_to_a_server_of_one_process(checkpoint_dirs: dict[str, Path]) -> None:
@@ -115,7 +107,7 @@ def test_sigterm_to_a_server_of_one_process(checkpoint_dirs: dict[str, Path]) ->
 
 @pytest.mark.slow
 def test_what_takes_longer_than_the_timeout_gets_an_error(checkpoint_dirs: dict[str, Path]) -> None:
-    flags = ("-tp", 2, "--shutdown-timeout", 1)
+    flags = ("-tp", 2, "--shutdown-timeout", 0.2)
     with server(*small(checkpoint_dirs["llama"]), *flags, ranks=2, restarts=3) as running:
         bodies = [body(i, 480) for i in range(32)]
         started = time.monotonic()
