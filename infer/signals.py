@@ -19,6 +19,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_SECONDS = 0.2
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks this process to stop: SIGHUP does not where it is ignored (nohup)."""
+    return [n for n in STOP_SIGNALS if n is not signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 class Order(enum.IntEnum):
     """What a process is asked to do; the larger one counts."""
 
@@ -49,15 +54,15 @@ class Orders:
 
 
 def hear_signals(told: Callable[[signal.Signals], object]) -> None:
-    """From now on each of STOP_SIGNALS goes to `told`, on a thread of its own. To be called once, on the main thread.
+    """From now on each of stop_signals() goes to `told`, on a thread of its own. To be called once, on the main thread.
 
     Python runs a signal's handler on the main thread, once that comes back from what it does in C++: a step, or a
     collective that another rank does not come to. The number is written to a pipe before that, though. The signals are
-    not blocked, as sigwait would have it: every child would inherit that. One that is ignored stays so (nohup).
+    not blocked, as sigwait would have it: every child would inherit that.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    heard = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    heard = stop_signals()
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for number in heard:
         signal.signal(number, lambda *_: None)  # the interpreter writes to the pipe only for those with a handler

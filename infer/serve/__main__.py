@@ -356,6 +356,8 @@ class Server:
 
     def _replace_frontend(self, engine: "Engine", reason: str) -> None:
         """The frontend is gone, and with it its clients' connections, or it does not want this engine: get another."""
+        from infer.serve.link import Stop
+
         assert self._frontend is not None
         lost = list(engine.scheduler.unfinished())
         for request_id in lost:
@@ -370,6 +372,8 @@ class Server:
         self._frontend_starts.append(time.monotonic())
         self._frontend.replace()
         self._say_hello(engine)
+        if self._stopping:  # meanwhile: there was none to tell
+            self._link.send(Stop(reason="the server was told to end", timeout_s=0.0))
 
     def _leave_frontend(self, reason: str = "another rank is lost") -> None:
         if self._frontend is not None:

@@ -42,7 +42,7 @@ from infer.serve.loop_lag import LoopLag
 from infer.serve.metrics import Metrics
 from infer.serve.spawn import Ready, remove_socket
 from infer.serve.text import Tokenizer
-from infer.signals import STOP_SIGNALS, Order, Orders
+from infer.signals import Order, Orders, stop_signals
 
 ERRORS_S = 3.0  # for open replies to get their error event out
 PORT_POLL_S = 0.1
@@ -106,9 +106,8 @@ class Frontend:
     async def _start(self) -> tuple[Api, web.AppRunner, list[asyncio.Server], asyncio.Server]:
         """The HTTP servers, one an address, and the engine's. Raises ValueError or OSError."""
         loop, config = asyncio.get_running_loop(), self._config
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                loop.add_signal_handler(number, self._take_signal, number)
+        for number in stop_signals():
+            loop.add_signal_handler(number, self._take_signal, number)
         self._watch_parent(loop)
         tls = tls_context(config)
         connections = Connections(raise_descriptor_limit(config.max_connections))
