@@ -2,22 +2,18 @@
 
 import asyncio
 import logging
-import os
-import socket
-import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 from infer.request import FinishReason, Output, Request
+from infer.serve.engine_socket import read_attach, read_message
 from infer.serve.errors import ApiError, check_model, unavailable
 from infer.serve.job import Job
 from infer.serve.link import (
-    HEADER,
     Abort,
     Attach,
     Bye,
     EngineStats,
-    FromEngine,
     Hello,
     LinkError,
     Message,
@@ -28,15 +24,12 @@ from infer.serve.link import (
     Started,
     Stop,
     Submit,
-    decode_from_engine,
     encode_frame,
-    frame_length,
 )
 from infer.serve.metrics import Metrics
 from infer.serve.replay import Replay
 
 DISCONNECT_S = 1.0
-ATTACH_S = 10.0  # an engine says who it is within so long
 # The engine sends something after every step and every second without one. The longest steps, large prompts on a CPU,
 # take seconds.
 MAX_SILENCE_S = 30.0
@@ -232,7 +225,8 @@ class EngineClient:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One engine's connection, from its beginning to its end. One of a later generation ends those before."""
-        if not _is_same_user(writer) or self.lost.is_set() or not await self._may_attach(reader, writer):
+        attach = await read_attach(reader, writer)
+        if attach is None or self.lost.is_set() or not self._may_attach(attach, writer):
             logger.warning("Refused a connection to the engine's socket")
             writer.close()
             return
@@ -244,7 +238,7 @@ class EngineClient:
         reason, final = "the engine has ended", False
         try:
             while writer is self._writer:  # else another engine has taken its place
-                message = await _read_message(reader)
+                message = await read_message(reader)
                 if writer is not self._writer:
                     break
                 self._heard = time.monotonic()
@@ -267,15 +261,9 @@ class EngineClient:
                 self._engine_gone(reason, final)
                 self._idle.set()
 
-    async def _may_attach(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Reads who is there. One that may not is told why; where it is of another model, this server ends."""
-        try:
-            async with asyncio.timeout(ATTACH_S):
-                message = await _read_message(reader)
-        except (TimeoutError, asyncio.IncompleteReadError, OSError, LinkError):
-            return False
-        if not isinstance(message, Attach) or self.lost.is_set():
-            return False
+    def _may_attach(self, message: Attach, writer: asyncio.StreamWriter) -> bool:
+        """Whether this engine is to come next. One that may not is told why; where it is of another model, this server
+        ends."""
         reason = None
         if message.identity != self._identity:
             reason = "the model's files or the server's flags are not those that this frontend was started with"
@@ -427,19 +415,3 @@ class EngineClient:
         except TimeoutError:  # the engine reads nothing any more
             self._writer.transport.abort()
             await self._idle.wait()
-
-
-async def _read_message(reader: asyncio.StreamReader) -> FromEngine:
-    """Raises LinkError, IncompleteReadError at the end, OSError."""
-    header = await reader.readexactly(HEADER.size)
-    return decode_from_engine(await reader.readexactly(frame_length(header)))
-
-
-def _is_same_user(writer: asyncio.StreamWriter) -> bool:
-    """The socket's directory keeps other users out already; this holds where it has been opened up."""
-    connection = writer.get_extra_info("socket")
-    if connection is None or not hasattr(socket, "SO_PEERCRED"):
-        return True
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid == os.getuid()
