@@ -5,7 +5,7 @@ from pathlib import Path
 
 import layout_jobs
 import pytest
-from checkpoints import RECIPES, Reference, build_checkpoint
+from checkpoints import RECIPES, Reference, build_checkpoint, poison
 from world_scripts.jobs import JobResult
 from worlds import ROOT, run_jobs
 
@@ -33,12 +33,20 @@ def references(checkpoint_dirs, default_model_dir) -> dict[str, Reference]:
 
 
 @pytest.fixture(scope="session")
-def layout_results(checkpoint_dirs, default_model_dir, tmp_path_factory) -> Callable[[int, int], dict[str, JobResult]]:
+def poisoned_dir(checkpoint_dirs, tmp_path_factory) -> Path:
+    """A checkpoint in which nothing finite comes of layout_jobs.POISON."""
+    return poison(checkpoint_dirs["mistral"], tmp_path_factory.mktemp("poisoned") / "mistral", layout_jobs.POISON)
+
+
+@pytest.fixture(scope="session")
+def layout_results(
+    checkpoint_dirs, default_model_dir, poisoned_dir, tmp_path_factory
+) -> Callable[[int, int], dict[str, JobResult]]:
     """(tp, pp) -> the results of `layout_jobs.jobs` in a world of tp x pp ranks, which runs once a session.
 
     One rank is a plain process, several are torchrun's: the script is the same.
     """
-    directories = {**checkpoint_dirs, "smollm2": default_model_dir}
+    directories = {**checkpoint_dirs, "smollm2": default_model_dir, "poisoned": poisoned_dir}
     found: dict[tuple[int, int], dict[str, JobResult] | Exception] = {}
 
     def run(tp: int, pp: int) -> dict[str, JobResult]:
