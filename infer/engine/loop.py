@@ -49,7 +49,7 @@ class Courier:
 
     def __init__(self, world: World):
         self._world = world
-        self._generation = world.env.restart_count
+        self._generation = world.generation
         self._outbox: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
         self.idle_seconds = IDLE_SECONDS
         self.error: BaseException | None = None
@@ -216,7 +216,7 @@ class Engine:
             self._results.put(result)
 
     def _receive_results(self) -> None:
-        frames, generation = self.built.groups.results, self._world.env.restart_count
+        frames, generation = self.built.groups.results, self._world.generation
         assert frames is not None
         try:
             while True:
@@ -291,7 +291,7 @@ class Follower:
 
     def __init__(self, world: World):
         self._world = world
-        self._generation = world.env.restart_count
+        self._generation = world.generation
         self._inbox: queue.SimpleQueue[tuple[Kind, Any] | BaseException] = queue.SimpleQueue()
         self._built: Built | None = None
         self._heart: Heart | None = None

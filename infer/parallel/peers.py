@@ -18,7 +18,7 @@ from infer.signals import Order
 
 MAGIC = 0x57415443  # "WATC"
 _HEAD = 4  # magic, generation, farewell, number of rows
-_PHASE_BYTES, _WHERE_BYTES, _HOST_BYTES = 32, 64, 64
+_PHASE_BYTES, _WHERE_BYTES = 32, 64
 _NUMBERS = 7  # rank, step, flags, fault, three times in ms
 _WHERE_AT = _NUMBERS + _PHASE_BYTES // 4
 _ROW = _WHERE_AT + _WHERE_BYTES // 4
@@ -305,19 +305,6 @@ def decode(words: np.ndarray, generation: int, world: Sequence[Identity]) -> tup
             )
         )  # fmt: skip
     return peers, bool(farewell)
-
-
-def encode_identity(identity: Identity) -> np.ndarray:
-    """int32 [words]; the rank is known from its place."""
-    start = identity.start_time
-    words = np.array([identity.pid, start & _MAX_INT32, start >> 31, identity.machine], dtype=np.int32)
-    return np.concatenate([words, _to_words(identity.host, _HOST_BYTES)])
-
-
-def decode_identity(words: np.ndarray, rank: int) -> Identity:
-    """The inverse of encode_identity."""
-    pid, low, high, machine = words[:4].tolist()
-    return Identity(rank, _to_text(words[4:]), pid, low | high << 31, machine)
 
 
 def own_identity(rank: int, host: str) -> Identity:

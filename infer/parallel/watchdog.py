@@ -18,7 +18,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -68,10 +67,9 @@ class Watchdog:
         self._limits = limits or Limits()
         tick = self._limits.beat / 2
         self._tick, self._clock = tick, AwakeClock(longest=2 * tick)
-        self._identity = peers.own_identity(world.rank, socket.gethostname())
-        self._world = [self._identity]  # of all ranks, once started
+        self._world, self._generation = world.members, world.generation
         counts_computing = world.device.type == "cpu"
-        self._own = Standing(self._identity, self._clock, self._limits, counts_computing)
+        self._own = Standing(self._world[self._rank], self._clock, self._limits, counts_computing)
         self._before_end: list[Callable[[], object]] = []
         self._when_ordered: Callable[[PeerState], object] | None = None
         # What follows changes, or is read for a decision, under _changed.
@@ -91,7 +89,6 @@ class Watchdog:
         """Begins to watch. All ranks call it together."""
         if self._size == 1:
             return
-        self._introduce()
         now = self._clock.now()
         watched = range(1, self._size) if self._rank == 0 else [0]
         self._heard = {rank: (self._unheard(rank), now) for rank in watched}
@@ -157,13 +154,13 @@ class Watchdog:
             if self._verdict:
                 return True
             left = set(self._left)
-        machine = self._identity.machine
+        machine = self._world[self._rank].machine
         neighbours = [who for who in self._world if machine and who.machine == machine and who.rank not in left]
         return any(not launch.is_alive(f"{who.pid}-{who.start_time}") for who in neighbours)
 
     def is_elsewhere(self, rank: int) -> bool:
         """Whether that rank is on another machine, and so under another torchrun."""
-        return self._world[rank].machine != self._identity.machine or not self._identity.machine
+        return self._world[rank].machine != self._world[self._rank].machine or not self._world[self._rank].machine
 
     def table(self) -> list[PeerState]:
         """Every rank as last heard of, by rank. On rank 0 at first hand, elsewhere as rank 0 last told."""
@@ -198,12 +195,6 @@ class Watchdog:
         self._talks.clear()
 
     # ------------------------------------------------------------------ the conversation
-
-    def _introduce(self) -> None:
-        words = torch.from_numpy(peers.encode_identity(self._identity))
-        heard = [torch.empty_like(words) for _ in range(self._size)]
-        dist.all_gather(heard, words, group=self._group)
-        self._world = [peers.decode_identity(told.numpy(), rank) for rank, told in enumerate(heard)]
 
     def _unheard(self, rank: int) -> PeerState:
         return PeerState(rank=rank, host=self._world[rank].host, pid=self._world[rank].pid)
@@ -261,13 +252,13 @@ class Watchdog:
                 self._rule([replace(self._aged(rank), fault=fault)])
 
     def _send(self, rank: int, states: Sequence[PeerState], farewell: bool) -> None:
-        words = peers.encode(states, self._env.restart_count, farewell)
+        words = peers.encode(states, self._generation, farewell)
         dist.send(torch.from_numpy(words), dst=rank, group=self._group)
 
     def _receive(self, rank: int, num_rows: int) -> tuple[list[PeerState], bool]:
         words = torch.from_numpy(np.empty(peers.num_words(num_rows), dtype=np.int32))
         dist.recv(words, src=rank, group=self._group)
-        return peers.decode(words.numpy(), self._env.restart_count, self._world)
+        return peers.decode(words.numpy(), self._generation, self._world)
 
     # ------------------------------------------------------------------ judging; all with _changed held
 

@@ -38,7 +38,8 @@ PORT_WAIT_SECONDS = 15.0  # after a restart: how long the port may still be held
 NEW_PORT_WAIT_SECONDS = 2.0  # and by that of a torchrun that has just ended
 FRONTEND_RESTARTS = 3  # in a row, each within a minute of the last
 RANKS_SECONDS = 1.0  # how often the frontend hears how the ranks are
-SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes
+SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes, but this one
+JOINING = "joining the world"
 TORCHRUN_PATIENCE = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")  # of torchrun: seconds from SIGTERM to SIGKILL
 STOP_SECONDS = 3.0  # beyond --shutdown-timeout: for the last step, and for all ranks to end
 
@@ -147,7 +148,7 @@ class Server:
             self._timeline.begin("checking the model")
             check(config, self._env.world_size, program)
             self._connect()
-        self._begin_phase("joining the world")
+        self._begin_phase(JOINING)
         self._process = process = Process.join(self._env)
         self._watchdog = process.world.watchdog
         self._watchdog.before_end(self._leave_frontend)
@@ -322,7 +323,9 @@ class Server:
             time.sleep(RANKS_SECONDS)
             if self._watchdog is not None:
                 self._link.send(ranks_message(self._watchdog.table()))
-            if not self._is_ready.is_set() and time.monotonic() - said >= SIGN_SECONDS:
+            # To wait for a node that may never come is no progress.
+            is_starting = not self._is_ready.is_set() and self._phase != JOINING
+            if is_starting and time.monotonic() - said >= SIGN_SECONDS:
                 said = time.monotonic()
                 self._say_phase()
 
