@@ -18,17 +18,50 @@ Reader = Callable[[Fields], ModelConfig]
 
 @dataclass(frozen=True)
 class Family:
-    """read: config.json's fields -> ModelConfig. models: well-known members, for people."""
+    """What is known of an architecture: its reader, and what people want to know of it (`python -m infer.models`).
+
+    read         config.json's fields -> ModelConfig
+    models       the models of it, by the names people use
+    checkpoints  well-known ones on the Hub, owner/name
+    blocks       what it is built of: norms; attention; positions; feed-forward; what else sets it apart
+    experts      it has experts, which --enable-expert-parallel spreads over the tensor-parallel ranks
+
+    Every family runs at every tensor- and pipeline-parallel size that leaves each rank a part of a layer.
+    """
 
     read: Reader
     models: str
+    checkpoints: tuple[str, ...]
+    blocks: str
+    experts: bool = False
 
 
+# In alphabetical order, those of a family together.
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(read_llama, "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2"),
-    "MistralForCausalLM": Family(read_mistral, "Mistral 7B, Nemo, Small"),
-    "Qwen2ForCausalLM": Family(read_qwen2, "Qwen 2, 2.5"),
-    "Qwen3ForCausalLM": Family(read_qwen3, "Qwen 3 (dense)"),
+    "LlamaForCausalLM": Family(
+        read_llama,
+        "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; TinyLlama; Yi",
+        ("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        "RMSNorm; grouped-query attention; rotary; gated MLP",
+    ),
+    "MistralForCausalLM": Family(
+        read_mistral,
+        "Mistral 7B, Nemo, Small",
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-Nemo-Instruct-2407"),
+        "RMSNorm; grouped-query attention, sliding window; rotary; gated MLP",
+    ),
+    "Qwen2ForCausalLM": Family(
+        read_qwen2,
+        "Qwen 2, 2.5; QwQ",
+        ("Qwen/Qwen2.5-7B-Instruct",),
+        "RMSNorm; grouped-query attention with biases, sliding window in some layers; rotary; gated MLP",
+    ),
+    "Qwen3ForCausalLM": Family(
+        read_qwen3,
+        "Qwen 3 (dense)",
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B"),
+        "RMSNorm; grouped-query attention with q and k norms, sliding window in some layers; rotary; gated MLP",
+    ),
 }
 
 
