@@ -1,15 +1,16 @@
 """The models there are: config.json's architecture -> the reader that turns it into a ModelConfig. No torch here."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from infer.models.config import ModelConfig, RopeConfig, load_model_config
 from infer.models.fields import Fields
 from infer.models.llama import read_llama
 from infer.models.mistral import read_mistral
 from infer.models.qwen import read_qwen2, read_qwen3
+from infer.models.recognize import unsupported
 
 __all__ = ["FAMILIES", "Family", "ModelConfig", "RopeConfig", "load_model_config", "reader_of"]
 
@@ -65,10 +66,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def reader_of(architecture: str, file: Path) -> Reader:
-    """The reader of an architecture. Raises ValueError that lists the known ones; file: where the name stood."""
-    if architecture in FAMILIES:
-        return FAMILIES[architecture].read
-    near = difflib.get_close_matches(architecture, FAMILIES, n=1)
-    hint = f"; the nearest is {near[0]}" if near else ""
-    raise ValueError(f"{file}: architecture {architecture} is not supported{hint}; supported are {', '.join(FAMILIES)}")
+def reader_of(architecture: str, file: Path, auto_map: Any = None) -> Reader:
+    """The reader of an architecture. Raises ValueError that lists the known ones; file: where the name stood.
+
+    auto_map: config.json's, which names code in the checkpoint. It is never run, and not needed for an architecture
+    that is known.
+    """
+    if architecture not in FAMILIES:
+        raise unsupported(architecture, FAMILIES, file, auto_map)
+    return FAMILIES[architecture].read
