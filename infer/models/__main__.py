@@ -143,9 +143,9 @@ def _totals(layout: "Layout", index: Path) -> list[str]:
         f"parameter bytes of rank {largest.rank}, the most: {largest.parameter_bytes:,} "
         f"({largest.parameter_bytes / 2**30:.2f} GiB)",
     ]
-    if index.is_file():
-        size = Fields(index, read_json(index)).section("metadata").count("total_size")
-        lines.append(f"bytes of the checkpoint, by its index: {size:,}")
+    size = Fields(index, read_json(index)).section("metadata").get("total_size") if index.is_file() else None
+    if isinstance(size, (int, float)):
+        lines.append(f"bytes of the checkpoint, by its index: {int(size):,}")
     return lines
 
 
