@@ -1,6 +1,5 @@
 """What each rank of a layout would hold, found by building its stage on the meta device: nothing is allocated or read."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,7 +57,6 @@ def plan_layout(
     """
     check_tensor_parallel(c, topology.tp_size)
     stages = balanced_layers(c, topology.pp_size, partition)
-    c = dataclasses.replace(c, max_position=1)  # only the rotary table depends on it, which is no parameter
     boxes: dict[str, set[Box]] = {}
     shares = []
     for rank in range(topology.world_size):
