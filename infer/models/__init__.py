@@ -9,7 +9,9 @@ from infer.models.config import ModelConfig, RopeConfig, load_model_config
 from infer.models.fields import Fields
 from infer.models.llama import read_llama
 from infer.models.mistral import read_mistral
+from infer.models.mixtral import read_mixtral
 from infer.models.qwen import read_qwen2, read_qwen3
+from infer.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 
 __all__ = ["FAMILIES", "Family", "ModelConfig", "RopeConfig", "load_model_config", "reader_of"]
 
@@ -29,6 +31,9 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family(read_mistral, "Mistral 7B, Nemo, Small"),
     "Qwen2ForCausalLM": Family(read_qwen2, "Qwen 2, 2.5"),
     "Qwen3ForCausalLM": Family(read_qwen3, "Qwen 3 (dense)"),
+    "MixtralForCausalLM": Family(read_mixtral, "Mixtral 8x7B, 8x22B"),
+    "Qwen2MoeForCausalLM": Family(read_qwen2_moe, "Qwen 1.5 MoE A2.7B, Qwen 2 57B-A14B"),
+    "Qwen3MoeForCausalLM": Family(read_qwen3_moe, "Qwen 3 30B-A3B, 235B-A22B"),
 }
 
 

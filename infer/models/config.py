@@ -83,9 +83,17 @@ class ModelConfig:
 
     @property
     def layer_parameters(self) -> int:
-        """Matrix elements of one layer: what computing it costs, per token."""
+        """Matrix elements of one layer with the dense feed-forward: what computing it costs, per token."""
         attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
         return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
+    def active_parameters(self) -> tuple[int, ...]:
+        """For each layer, the matrix elements that a token meets: of a sparse one, the experts that it goes to."""
+        if self.moe is None:
+            return (self.layer_parameters,) * self.num_layers
+        sparse = self.layer_parameters + self.hidden_size * (self.moe.active_columns - 3 * self.intermediate_size)
+        return tuple(sparse if is_sparse else self.layer_parameters for is_sparse in self.moe.sparse)
 
 
 def decoder_config(

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from infer.layers.attention import Attention, ForwardContext
-from infer.layers.declare import Placement, declared
-from infer.layers.ffn import MLP
-from infer.layers.linear import MatrixLayer
+from infer.layers.declare import Layer, Placement, declared
+from infer.layers.ffn import make_ffn
 from infer.layers.norm import RMSNorm
 from infer.layers.rotary import Rotary
 from infer.layers.vocab import LMHead, VocabEmbedding
@@ -30,7 +29,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = RMSNorm(f"{prefix}.input_layernorm", c.hidden_size, c.norm_eps, place)
         self.attention = Attention(f"{prefix}.self_attn", c, layer, local, rotary, place)
         self.ffn_norm = RMSNorm(f"{prefix}.post_attention_layernorm", c.hidden_size, c.norm_eps, place)
-        self.ffn = MLP(f"{prefix}.mlp", c, place)
+        self.ffn = make_ffn(prefix, c, layer, place)
 
     def forward(self, pending: Tensor | None, residual: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """(pending, residual), both [T, hidden], -> the same after this layer.
@@ -64,10 +63,11 @@ class Stage(nn.Module):
         is_last: bool,
         dtype: torch.dtype,
         device: torch.device,
+        expert_parallel: bool = False,
     ):
         super().__init__()
-        check_tensor_parallel(c, tp.size)
-        place = Placement(tp, dtype, device)
+        check_tensor_parallel(c, tp.size, expert_parallel)
+        place = Placement(tp, dtype, device, expert_parallel)
         self.config, self.is_first, self.is_last, self.num_layers = c, is_first, is_last, len(layers)
         embedding = VocabEmbedding("model.embed_tokens", c.vocab_size, c.hidden_size, place) if is_first else None
         self.embed: nn.Module = nn.Identity() if embedding is None else embedding
@@ -84,12 +84,12 @@ class Stage(nn.Module):
         self.vocab_range = (held[tp.index].start, held[tp.index].stop)
         self.kv_heads = len(split_heads(c.num_heads, c.num_kv_heads, tp.size)[tp.index].kv)
         self.kv_bytes_per_token = 2 * len(layers) * self.kv_heads * c.head_dim * dtype.itemsize
-        self.parameter_bytes = sum(spec.local_numel * dtype.itemsize for _, spec in declared(self))
+        self.parameter_bytes = sum(spec.local_numel * held.itemsize for held, spec in declared(self))
 
     def pack(self) -> None:
         """Once the weights are loaded: keeps each matrix in the form that is fastest here (quant.py)."""
         for layer in self.modules():
-            if isinstance(layer, MatrixLayer) and "weight" in layer.specs:
+            if isinstance(layer, Layer):
                 layer.pack()
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
