@@ -1,6 +1,6 @@
 """torch.compile of a stage (--compile): inductor fuses what lies between matrix products, attention and sums.
 
-Dynamo traces a stage's forward as one graph whose only moving size is the number of rows. So that this is possible,
+Dynamo traces a stage's layers as one graph whose only moving size is the number of rows. So that this is possible,
 
 - norms and activations are their references (infer/ops.py), which inductor fuses with what is around them;
 - attention, between its projections, is one opaque op, and so are a sum over ranks and a product with several experts'
@@ -62,12 +62,12 @@ def compile_stage(stage: Stage, tp: Group) -> Forward:
         num_compiled += 1
         return inductor(graph, examples)
 
-    compiled = torch.compile(traced.forward, backend=backend, dynamic=True, fullgraph=True)
+    compiled = torch.compile(traced.decoded, backend=backend, dynamic=True, fullgraph=True)
 
     def forward(x: Tensor, context: ForwardContext) -> Tensor:
         before, started = num_compiled, time.perf_counter()
         _running.context = context
-        output: Tensor = compiled(x, None)
+        output: Tensor = compiled(stage.embedded(x, context), None)
         if num_compiled > before:
             seconds = time.perf_counter() - started
             logger.info("torch.compile took %.1f s, for a batch of %d rows and others like it", seconds, len(x))

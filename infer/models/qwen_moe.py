@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from infer.models.config import ModelConfig, decoder_config, sliding_window
+from infer.models.config import ModelConfig, decoder_config, layer_types, sliding_window
 from infer.models.fields import Fields
 from infer.models.moe_config import MoeConfig, read_experts
 
@@ -20,7 +20,7 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
     size = sliding_window(f) if f.flag("use_sliding_window", False) else 0
     bias = f.flag("attention_bias", False)
     c = decoder_config(
-        f, window=(size,) * f.count("num_hidden_layers"), qkv_bias=bias, o_bias=bias, qk_norm=True
+        f, window=(size,) * f.count("num_hidden_layers"), qkv_bias=bias, o_bias=bias, qk_norm="head"
     )
     return dataclasses.replace(c, moe=_experts(f, c.num_layers))
 
@@ -50,10 +50,7 @@ def _alternating_window(f: Fields) -> tuple[int, ...]:
     num_layers = f.count("num_hidden_layers")
     size = sliding_window(f) if f.flag("use_sliding_window", False) else 0
     before = f.count("max_window_layers", 28)
-    kinds = f.get("layer_types")
+    kinds = layer_types(f, num_layers)
     if kinds is None:
         return tuple(size if layer % 2 == 0 and layer < before else 0 for layer in range(num_layers))
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
-        raise f.error("layer_types", f"must be a list of {num_layers} of {' and '.join(known)}")
     return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
