@@ -84,8 +84,8 @@ FAMILIES: dict[str, Family] = {
         read_qwen3_moe,
         "Qwen 3 30B-A3B, 235B-A22B",
         ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B"),
-        "RMSNorm; grouped-query attention with q and k norms, sliding window; rotary; gated experts in some layers or in "
-        "all",
+        "RMSNorm; grouped-query attention with q and k norms, sliding window; rotary; gated experts in some "
+        "layers or in all",
         experts=True,
     ),
 }

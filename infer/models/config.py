@@ -2,17 +2,12 @@
 
 import dataclasses
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-<<<<<<< HEAD
-from infer.models.fields import Fields
-from infer.models.moe_config import MoeConfig
-=======
 from infer.models.fields import Fields, read_json
->>>>>>> 3f9f7b634982a6e19e7f608e9fde0633974584c7
+from infer.models.moe_config import MoeConfig
 from infer.models.names import Names
 from infer.models.recognize import refuse_quantized
 from infer.models.rope import RopeConfig as RopeConfig  # part of a ModelConfig, and imported with it
