@@ -300,6 +300,7 @@ def test_sparse_layers_are_those_that_config_json_says(saved: Saved) -> None:
     c = read_config(saved.path)
     expected = {
         "MixtralForCausalLM": (True,) * 4,
+        "OlmoeForCausalLM": (True,) * 3,
         "Qwen2MoeForCausalLM": (False, False, False, True, False),  # every second one, the second aside
         "Qwen3MoeForCausalLM": (False, True, True, True),
     }

@@ -41,31 +41,36 @@ class Router(MatrixLayer):
             self.correction = self.declare("correction", spec, place)
         self.top_k = c.top_k
         self._score = torch.sigmoid if c.scoring == "sigmoid" else functools.partial(torch.softmax, dim=-1)
-        self._correct: Callable[[Tensor], Tensor] = self._corrected if c.correction_bias else _unchanged
-        self._limit: Callable[[Tensor], Tensor] = _unchanged
+        # What scores go through before the choice, and the chosen ones before they are weights.
+        self._before_choice: list[Callable[[Tensor], Tensor]] = []
+        self._after_choice: list[Callable[[Tensor], Tensor]] = []
+        if c.correction_bias:
+            self._before_choice.append(self._corrected)
         if c.grouping is not None:
-            self._limit = functools.partial(_in_best_groups, g=c.grouping)
-        self._weigh = functools.partial(_renormalized if c.renormalize else _scaled, scaling=c.scaling)
+            self._before_choice.append(functools.partial(_in_best_groups, g=c.grouping))
+        if c.renormalize:
+            self._after_choice.append(_renormalized)
+        if c.scaling != 1.0:
+            self._after_choice.append(functools.partial(torch.mul, other=c.scaling))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self._score(self.matrix.multiply(x))
-        experts = self._limit(self._correct(scores)).topk(self.top_k, dim=-1).indices
-        return self._weigh(scores.gather(1, experts)), experts
+        choice = _through(self._before_choice, scores)
+        experts = choice.topk(self.top_k, dim=-1).indices
+        return _through(self._after_choice, scores.gather(1, experts)), experts
 
     def _corrected(self, scores: Tensor) -> Tensor:
         return scores + self.correction
 
 
-def _unchanged(scores: Tensor) -> Tensor:
+def _through(steps: list[Callable[[Tensor], Tensor]], scores: Tensor) -> Tensor:
+    for step in steps:
+        scores = step(scores)
     return scores
 
 
-def _renormalized(weights: Tensor, scaling: float) -> Tensor:
-    return weights / (weights.sum(-1, keepdim=True) + _TINY) * scaling
-
-
-def _scaled(weights: Tensor, scaling: float) -> Tensor:
-    return weights if scaling == 1.0 else weights * scaling
+def _renormalized(weights: Tensor) -> Tensor:
+    return weights / (weights.sum(-1, keepdim=True) + _TINY)
 
 
 def _in_best_groups(scores: Tensor, g: Grouping) -> Tensor:

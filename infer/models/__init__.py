@@ -10,6 +10,7 @@ from infer.models.fields import Fields
 from infer.models.llama import read_llama
 from infer.models.mistral import read_mistral
 from infer.models.mixtral import read_mixtral
+from infer.models.olmoe import read_olmoe
 from infer.models.qwen import read_qwen2, read_qwen3
 from infer.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 from infer.models.recognize import unsupported
@@ -58,6 +59,13 @@ FAMILIES: dict[str, Family] = {
         "Mixtral 8x7B, 8x22B",
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
         "RMSNorm; grouped-query attention, sliding window; rotary; gated experts",
+        experts=True,
+    ),
+    "OlmoeForCausalLM": Family(
+        read_olmoe,
+        "OLMoE 1B-7B",
+        ("allenai/OLMoE-1B-7B-0924-Instruct",),
+        "RMSNorm; multi-head attention with norms over all of q and k; rotary; gated experts",
         experts=True,
     ),
     "Qwen2ForCausalLM": Family(
