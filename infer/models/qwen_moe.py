@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from infer.models.config import ModelConfig, decoder_config, layer_types, sliding_window
+from infer.models.config import ModelConfig, decoder_config, layer_windows, sliding_window
 from infer.models.fields import Fields
 from infer.models.moe_config import MoeConfig, read_experts
 
@@ -48,7 +48,4 @@ def _alternating_window(f: Fields) -> tuple[int, ...]:
     num_layers = f.count("num_hidden_layers")
     size = sliding_window(f) if f.flag("use_sliding_window", False) else 0
     before = f.count("max_window_layers", 28)
-    kinds = layer_types(f, num_layers)
-    if kinds is None:
-        return tuple(size if layer % 2 == 0 and layer < before else 0 for layer in range(num_layers))
-    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
+    return layer_windows(f, size, [size if layer % 2 == 0 and layer < before else 0 for layer in range(num_layers)])
