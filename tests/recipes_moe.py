@@ -3,6 +3,16 @@
 from recipes import WINDOW, Recipe
 
 SPLIT_EXPERTS = {
+    "glm4_moe": Recipe(
+        "Glm4Moe",
+        {
+            "hidden_size": 72, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "head_dim": 16, "intermediate_size": 83, "moe_intermediate_size": 22, "n_routed_experts": 10,
+            "num_experts_per_tok": 3, "n_shared_experts": 2, "n_group": 5, "topk_group": 2, "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.7, "attention_bias": True, "use_qk_norm": True, "tie_word_embeddings": False,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "mixtral": Recipe(
         "Mixtral",
         {

@@ -113,6 +113,9 @@ def save_random(config: transformers.PretrainedConfig, path: Path) -> Saved:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases start at 0 and norms at 1, which would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     model.save_pretrained(path)
     sequences = [torch.randint(0, SMALL["vocab_size"], (length,)) for length in LENGTHS]
     with torch.no_grad():

@@ -282,6 +282,9 @@ WRONG = [
     ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"),
     ("qwen2_moe", {"mlp_only_layers": [5]}, r"mlp_only_layers is \[5\]; it must be a list of layers, each from 0 to 4"),
     ("qwen2_moe", {"decoder_sparse_step": 6}, "decoder_sparse_step is 6; it must leave a layer with experts among 5"),
+    ("glm4_moe", {"first_k_dense_replace": 4}, "first_k_dense_replace is 4; it must be an integer from 0 to 3"),
+    ("glm4_moe", {"n_group": 3}, "n_group is 3; it must divide the 10 experts"),
+    ("glm4_moe", {"topk_group": 1}, "topk_group is 1; it must leave the 3 experts of a token"),
     ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size is 0; it must be a positive integer"),
 ]
 
@@ -299,6 +302,7 @@ def test_wrong_fields_are_named(name: str, changes: dict, message: str, tmp_path
 def test_sparse_layers_are_those_that_config_json_says(saved: Saved) -> None:
     c = read_config(saved.path)
     expected = {
+        "Glm4MoeForCausalLM": (False, True, True, True),
         "MixtralForCausalLM": (True,) * 4,
         "OlmoeForCausalLM": (True,) * 3,
         "Qwen2MoeForCausalLM": (False, False, False, True, False),  # every second one, the second aside

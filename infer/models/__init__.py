@@ -9,6 +9,7 @@ from infer.models.config import ModelConfig, RopeConfig, load_model_config
 from infer.models.fields import Fields
 from infer.models.gemma import read_gemma, read_gemma2, read_gemma3, read_gemma3_text_part
 from infer.models.glm import read_glm, read_glm4
+from infer.models.glm_moe import read_glm4_moe
 from infer.models.gpt2 import read_gpt2
 from infer.models.gpt_neox import read_gpt_neox
 from infer.models.granite import read_granite
@@ -101,6 +102,14 @@ FAMILIES: dict[str, Family] = {
         "GLM-4-0414",
         ("THUDM/GLM-4-9B-0414", "THUDM/GLM-4-32B-0414"),
         "RMSNorm, sandwich norms; grouped-query attention with biases; partial rotary, interleaved; gated MLP",
+    ),
+    "Glm4MoeForCausalLM": Family(
+        read_glm4_moe,
+        "GLM-4.5, 4.5-Air, 4.6",
+        ("zai-org/GLM-4.5-Air", "zai-org/GLM-4.6"),
+        "RMSNorm; grouped-query attention with biases, q and k norms in some; partial rotary; gated experts behind the "
+        "first layers, sigmoid routing with a correction bias, a shared expert",
+        experts=True,
     ),
     "GraniteForCausalLM": Family(
         read_granite,
