@@ -234,9 +234,7 @@ def test_more_ranks_than_experts_or_columns_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"tensor_parallel_size 4 .* 3 experts, .*enable_expert_parallel.* works is 3"):
         check_tensor_parallel(small_config(), 4, expert_parallel=True)
     check_tensor_parallel(small_config(), 4)
-    with pytest.raises(
-        ValueError, match=r"4 is more than .* 2 columns of an expert; the largest that works is 2"
-    ):
+    with pytest.raises(ValueError, match=r"4 is more than .* 2 columns of an expert; the largest that works is 2"):
         check_tensor_parallel(small_config(intermediate_size=2), 4)
     with pytest.raises(ValueError, match="4 is more than the model's 3 columns of the shared expert"):
         check_tensor_parallel(small_config(shared_intermediate_size=3), 4)

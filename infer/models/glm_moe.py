@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: Llama with part of a head rotated, and experts chosen as DeepSeek-V3 does behind its first layers."""
+"""GLM-4.5, 4.6: Llama with part of a head rotated, and experts chosen as DeepSeek-V3 does behind its first layers."""
 
 from dataclasses import replace
 
