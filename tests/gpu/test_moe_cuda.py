@@ -1,16 +1,15 @@
 """Experts on a GPU: every op against its reference on the CPU, and a layer captured as a graph where it can be."""
 
-import dataclasses
-
 import pytest
 import torch
-from test_moe import small_config
 from test_ops_moe import CHOICES, SHAPES, choose_experts, make_groups, one_by_one
+from test_placement import make_config
 
 from infer import ops_moe
 from infer.engine.graphs import CudaCapture
 from infer.layers.declare import Placement, declared
 from infer.layers.moe import MoE
+from infer.models.moe_config import MoeConfig
 from infer.parallel.groups import alone
 
 pytestmark = [
@@ -66,8 +65,11 @@ def test_tokens_get_their_weighted_sum():
 
 def test_a_captured_layer_follows_its_tokens():
     """Other tokens go to other experts, which a graph only follows if the host has no part in it."""
-    c = small_config(num_experts=12, top_k=3, intermediate_size=64, shared_intermediate_size=32, shared_gated=True)
-    layer = MoE("model.layers.0", dataclasses.replace(c, hidden_size=128), Placement(alone(), torch.bfloat16, DEVICE))
+    moe = MoeConfig(
+        num_experts=12, top_k=3, intermediate_size=64, sparse=(True,) * 30, shared_intermediate_size=32,
+        shared_gated=True,
+    )  # fmt: skip
+    layer = MoE("model.layers.0", make_config(hidden_size=128, moe=moe), Placement(alone(), torch.bfloat16, DEVICE))
     for parameter, _ in declared(layer):
         parameter.data.normal_(0.0, 0.1)
     layer.router.weight.data.normal_(0.0, 1.0)
