@@ -41,6 +41,9 @@ def build_checkpoint(name: str, path: Path) -> Path:
                 parameter.normal_(0.0, 0.5)
             elif "norm" in parameter_name or ".ln_" in parameter_name:
                 parameter.normal_(recipe.norm_mean, 0.2)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):  # zeros, too
+                buffer.normal_(0.0, 0.2)
     shards = {"max_shard_size": recipe.max_shard_size} if recipe.max_shard_size else {}
     model.save_pretrained(path, **shards)
     write_tokenizer(path)

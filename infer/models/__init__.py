@@ -9,15 +9,19 @@ from infer.models.config import ModelConfig, RopeConfig, load_model_config
 from infer.models.fields import Fields
 from infer.models.gemma import read_gemma, read_gemma2, read_gemma3, read_gemma3_text_part
 from infer.models.glm import read_glm, read_glm4
+from infer.models.glm_moe import read_glm4_moe
 from infer.models.gpt2 import read_gpt2
 from infer.models.gpt_neox import read_gpt_neox
 from infer.models.granite import read_granite
 from infer.models.llama import read_llama
 from infer.models.mistral import read_mistral
+from infer.models.mixtral import read_mixtral
 from infer.models.olmo import read_olmo2, read_olmo3
+from infer.models.olmoe import read_olmoe
 from infer.models.opt import read_opt
 from infer.models.phi import read_phi3
 from infer.models.qwen import read_qwen2, read_qwen3
+from infer.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 from infer.models.recognize import unsupported
 from infer.models.smollm3 import read_smollm3
 from infer.models.starcoder2 import read_starcoder2
@@ -99,6 +103,14 @@ FAMILIES: dict[str, Family] = {
         ("THUDM/GLM-4-9B-0414", "THUDM/GLM-4-32B-0414"),
         "RMSNorm, sandwich norms; grouped-query attention with biases; partial rotary, interleaved; gated MLP",
     ),
+    "Glm4MoeForCausalLM": Family(
+        read_glm4_moe,
+        "GLM-4.5, 4.5-Air, 4.6",
+        ("zai-org/GLM-4.5-Air", "zai-org/GLM-4.6"),
+        "RMSNorm; grouped-query attention with biases, q and k norms in some; partial rotary; gated experts behind the "
+        "first layers, sigmoid routing with a correction bias, a shared expert",
+        experts=True,
+    ),
     "GraniteForCausalLM": Family(
         read_granite,
         "Granite 3.0 to 3.3",
@@ -116,6 +128,20 @@ FAMILIES: dict[str, Family] = {
         "Mistral 7B, Nemo, Small",
         ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-Nemo-Instruct-2407"),
         "RMSNorm; grouped-query attention, sliding window; rotary; gated MLP",
+    ),
+    "MixtralForCausalLM": Family(
+        read_mixtral,
+        "Mixtral 8x7B, 8x22B",
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
+        "RMSNorm; grouped-query attention, sliding window; rotary; gated experts",
+        experts=True,
+    ),
+    "OlmoeForCausalLM": Family(
+        read_olmoe,
+        "OLMoE 1B-7B",
+        ("allenai/OLMoE-1B-7B-0924-Instruct",),
+        "RMSNorm; multi-head attention with norms over all of q and k; rotary; gated experts",
+        experts=True,
     ),
     "OPTForCausalLM": Family(
         read_opt,
@@ -148,11 +174,27 @@ FAMILIES: dict[str, Family] = {
         ("Qwen/Qwen2.5-7B-Instruct",),
         "RMSNorm; grouped-query attention with biases, sliding window in some layers; rotary; gated MLP",
     ),
+    "Qwen2MoeForCausalLM": Family(
+        read_qwen2_moe,
+        "Qwen 1.5 MoE A2.7B; Qwen 2 57B-A14B",
+        ("Qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen/Qwen2-57B-A14B-Instruct"),
+        "RMSNorm; grouped-query attention with biases, sliding window in some layers; rotary; gated experts in some "
+        "layers or in all, with a shared expert behind a gate",
+        experts=True,
+    ),
     "Qwen3ForCausalLM": Family(
         read_qwen3,
         "Qwen 3 (dense)",
         ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B"),
         "RMSNorm; grouped-query attention with q and k norms, sliding window in some layers; rotary; gated MLP",
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        read_qwen3_moe,
+        "Qwen 3 30B-A3B, 235B-A22B",
+        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B"),
+        "RMSNorm; grouped-query attention with q and k norms, sliding window; rotary; gated experts in some "
+        "layers or in all",
+        experts=True,
     ),
     "SmolLM3ForCausalLM": Family(
         read_smollm3,

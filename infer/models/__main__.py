@@ -108,7 +108,7 @@ def _layout(config: EngineConfig, gpu_memory: float | None, markdown: bool) -> s
     topology = Topology(config.tensor_parallel_size or 1, config.pipeline_parallel_size)
     from infer.models.layout import plan_layout  # which needs torch, as nothing above does
 
-    layout = plan_layout(c, topology, config.pipeline_layer_partition)
+    layout = plan_layout(c, topology, config.pipeline_layer_partition, config.enable_expert_parallel)
     shown = (markdown_table if markdown else table)(LAYOUT_HEADER, _ranks(layout), left=(3,))
     title = (
         f"{config.model}: {c.architecture} in {c.dtype}, {c.num_layers} layers, "

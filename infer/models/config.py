@@ -2,13 +2,13 @@
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from infer.models.fields import Fields, read_json
+from infer.models.moe_config import MoeConfig
 from infer.models.names import Names
 from infer.models.recognize import refuse_quantized
 from infer.models.rope import RopeConfig as RopeConfig  # part of a ModelConfig, and imported with it
@@ -56,6 +56,7 @@ class ModelConfig:
                     or "parallel": both blocks read the same residual, each through a norm of its own
     qk_norm         norms of q and k before the rotation: of each "head", or of "all" heads together
     gated_mlp       act(gate) * up, or else act(up)
+    moe             experts in the place of the feed-forward, in some layers or in all; None: there are none
     *_scale         factors on the embeddings, on every block's output before it is added, and on the logits;
                     attention_scale: on q times k (None: head_dim ** -0.5)
     *_soft_cap      attention scores and logits become cap * tanh(value / cap); 0: they do not
@@ -93,6 +94,7 @@ class ModelConfig:
     attention_scale: float | None = None
     attention_soft_cap: float = 0.0
     logit_soft_cap: float = 0.0
+    moe: MoeConfig | None = None
     names: Names = Names()
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
@@ -105,9 +107,23 @@ class ModelConfig:
 
     @property
     def layer_parameters(self) -> int:
-        """Matrix elements of one layer: what computing it costs, per token."""
+        """Matrix elements of one layer with the dense feed-forward: what computing it costs, per token."""
         attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return self.hidden_size * (attention + (3 if self.gated_mlp else 2) * self.intermediate_size)
+        return self.hidden_size * (attention + self._mlp_columns)
+
+    @property
+    def active_parameters(self) -> tuple[int, ...]:
+        """For each layer, the matrix elements that a token meets: of a sparse one, the experts that it goes to."""
+        dense = self.layer_parameters
+        if self.moe is None:
+            return (dense,) * self.num_layers
+        sparse = dense + self.hidden_size * (self.moe.active_columns - self._mlp_columns)
+        return tuple(sparse if is_sparse else dense for is_sparse in self.moe.sparse)
+
+    @property
+    def _mlp_columns(self) -> int:
+        """Of all matrices of the dense feed-forward."""
+        return (3 if self.gated_mlp else 2) * self.intermediate_size
 
 
 def decoder_config(

@@ -55,7 +55,7 @@ def plan_layout(
 
     partition: layers of each stage, where the user chose them.
     """
-    check_tensor_parallel(c, topology.tp_size)
+    check_tensor_parallel(c, topology.tp_size, expert_parallel)
     stages = balanced_layers(c, topology.pp_size, partition)
     boxes: dict[str, set[Box]] = {}
     shares = []
@@ -65,7 +65,7 @@ def plan_layout(
         is_first, is_last = pp == 0, pp == topology.pp_size - 1
         stage = Stage(
             c, stages[pp], group, is_first=is_first, is_last=is_last, dtype=getattr(torch, c.dtype),
-            device=torch.device("meta"),
+            device=torch.device("meta"), expert_parallel=expert_parallel,
         )  # fmt: skip
         for source in _sources(stage):
             boxes.setdefault(source.name, set()).add(source.part)
@@ -80,12 +80,18 @@ def plan_layout(
                 is_last,
                 len(heads.query),
                 len(heads.kv),
-                0,
+                _experts_held(c, topology.tp_size, tp, expert_parallel),
                 stage.parameter_bytes,
                 stage.kv_bytes_per_token,
             )  # fmt: skip
         )
     return Layout(tuple(shares), sum(volume(list(parts)) for parts in boxes.values()))
+
+
+def _experts_held(c: ModelConfig, tp_size: int, tp: int, expert_parallel: bool) -> int:
+    if c.moe is None:
+        return 0
+    return len(split(c.moe.num_experts, tp_size)[tp]) if expert_parallel else c.moe.num_experts
 
 
 def _sources(stage: Stage) -> Iterator[Source]:
