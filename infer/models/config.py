@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from infer.models.fields import Fields
+from infer.models.moe_config import MoeConfig
 
 if TYPE_CHECKING:
     from infer.config import EngineConfig
@@ -76,6 +77,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    moe: MoeConfig | None = None
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
 
