@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infer import native, ops
+from infer import native, ops, ops_latent
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -67,6 +67,42 @@ class OneDnn(Matrix):
     def rows(self, ids: Tensor) -> Tensor:
         assert self.weight is not None, "this matrix was packed without its rows"
         return F.embedding(ids, self.weight)
+
+
+class HeadMatrix(ABC):
+    """A weight [H, N, K], one matrix for each head, in some form."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, H, K] -> x times the weight transposed, head by head: [T, H, N], contiguous."""
+
+
+class PlainHeads(HeadMatrix):
+    """The weight as it was loaded, or a view of it."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return ops_latent.head_linear(x, self.weight)
+
+
+class PackedHeads(HeadMatrix):
+    """Packed for our own CPU kernel (ops_latent.packed_head_linear)."""
+
+    def __init__(self, weight: Tensor):
+        self.outputs = weight.shape[1]
+        self.packed = ops_latent.pack_head_linear(weight)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return ops_latent.packed_head_linear(x, self.packed, self.outputs)
+
+
+def choose_heads(weight: Tensor) -> HeadMatrix:
+    """The fastest form of a weight [H, N, K] on this machine."""
+    if not weight.is_cpu or weight.dtype not in _PACKED_DTYPES or not native.is_loaded():
+        return PlainHeads(weight)
+    return PackedHeads(weight)
 
 
 def choose(weight: Tensor, needs_rows: bool) -> Matrix:

@@ -84,7 +84,7 @@ def make_runners(pp, capture, tp_size=1):
                 if parameter.dim() == 2:
                     parameter.mul_(8)
         stage.pack()
-        memory = pages.allocate(NUM_BLOCKS, BLOCK_SIZE, stage.kv_heads, MODEL.head_dim, len(layers), torch.float32, CPU)
+        memory = pages.allocate(NUM_BLOCKS, BLOCK_SIZE, stage.kv_layout, len(layers), torch.float32, CPU)
         groups = SimpleNamespace(
             topology=SimpleNamespace(pp_size=pp), is_first_stage=first, is_last_stage=last, is_sampler=last,
             pipe=links.pipe(pp_rank), tp=SimpleNamespace(size=tp_size),

@@ -203,10 +203,8 @@ def _make_runner(
     world: World, config: EngineConfig, model_config: ModelConfig, groups: Groups, stage: Stage, num_blocks: int,
     grammars: Grammars | None,
 ) -> Runner:  # fmt: skip
-    memory = pages.allocate(
-        num_blocks, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers,
-        getattr(torch, model_config.dtype), world.device,
-    )
+    dtype = getattr(torch, model_config.dtype)
+    memory = pages.allocate(num_blocks, config.block_size, stage.kv_layout, stage.num_layers, dtype, world.device)
     sampler = Sampler(groups.tp, stage.vocab_starts) if groups.is_last_stage else None
     return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device, grammars)
 
@@ -300,9 +298,7 @@ def _measure(world: World, config: EngineConfig, model_config: ModelConfig, stag
     has_graphs, max_model_len = _agree_on_graphs(world, config, groups, stage), model_config.max_position
     if world.device.type == "cuda":
         dtype = getattr(torch, model_config.dtype)
-        page = pages.allocate(
-            1, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers, dtype, world.device
-        )
+        page = pages.allocate(1, config.block_size, stage.kv_layout, stage.num_layers, dtype, world.device)
         if config.kv_cache_memory_bytes is None and not config.num_gpu_blocks_override:
             peak = _peak_bytes(config, stage, page, max_model_len)
         if has_graphs:  # what they use is theirs alone

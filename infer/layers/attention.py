@@ -24,7 +24,8 @@ class ForwardContext:
     block_table  [S, max_blocks] int32: the blocks of each sequence, in order
     query_start  [S + 1] int32: tokens [query_start[s], query_start[s + 1]) are the last ones of sequence s
     seq_lens     [S] int32: keys of each sequence, this batch's included
-    k_pages      one [num_blocks, block_size, kv_heads, head_dim] for each layer of this stage; v_pages likewise
+    k_pages      one [num_blocks, block_size, heads, key_dim] for each layer of this stage (cache/layout.py)
+    v_pages      likewise with value_dim
 
     On a GPU, what the host knows of a batch that is not decode-only; a number that it does not tell is read from the
     device, once, which waits for it:

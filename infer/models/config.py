@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from infer.cache.layout import KvLayout
 from infer.models.fields import Fields
+from infer.models.mla_config import MlaConfig
 from infer.models.moe_config import MoeConfig
 
 if TYPE_CHECKING:
@@ -77,15 +79,28 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    mla: MlaConfig | None = None
     moe: MoeConfig | None = None
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def attention_parameters(self) -> int:
+        """Matrix elements of one layer's attention."""
+        if self.mla is not None:
+            return self.mla.layer_parameters(self.hidden_size, self.num_heads)
+        return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+
+    @property
     def layer_parameters(self) -> int:
         """Matrix elements of one layer: what computing it costs, per token."""
-        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return self.hidden_size * (attention + 3 * self.intermediate_size)
+        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+
+    def kv_layout(self, kv_heads: int) -> KvLayout:
+        """What a layer keeps of a token on a rank with so many KV heads; of latent attention, every rank keeps all."""
+        if self.mla is not None:
+            return KvLayout(1, self.mla.latent_dim, self.mla.kv_lora_rank, values_in_keys=True)
+        return KvLayout(kv_heads, self.head_dim, self.head_dim)
 
 
 def decoder_config(

@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
 class Stage(nn.Module):
     """Layers `layers` of the model, and this rank's part of each. Nothing else is built.
 
-    kv_heads            KV heads this rank holds
+    kv_layout           what this rank keeps of a token in each layer's KV cache
     kv_bytes_per_token  bytes of KV cache per token, on this rank and stage
     vocab_starts        [tp size + 1]: rank i holds the vocabulary rows [vocab_starts[i], vocab_starts[i + 1])
     vocab_range         (start, stop) of this rank
@@ -82,8 +82,8 @@ class Stage(nn.Module):
         held = split(c.vocab_size, tp.size)
         self.vocab_starts = [interval.start for interval in held] + [c.vocab_size]
         self.vocab_range = (held[tp.index].start, held[tp.index].stop)
-        self.kv_heads = len(split_heads(c.num_heads, c.num_kv_heads, tp.size)[tp.index].kv)
-        self.kv_bytes_per_token = 2 * len(layers) * self.kv_heads * c.head_dim * dtype.itemsize
+        self.kv_layout = c.kv_layout(len(split_heads(c.num_heads, c.num_kv_heads, tp.size)[tp.index].kv))
+        self.kv_bytes_per_token = len(layers) * self.kv_layout.numel * dtype.itemsize
         self.parameter_bytes = sum(spec.local_numel * dtype.itemsize for _, spec in declared(self))
 
     def pack(self) -> None:
