@@ -38,6 +38,9 @@ SCHEMAS = {
     "packed_head_linear": "(Tensor x, Tensor packed, int outputs) -> Tensor",
     "packed_linear": "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",
     "packed_rows": "(Tensor ids, Tensor packed, int inputs) -> Tensor",
+    "group_rows": "(Tensor experts, int first, int count) -> (Tensor, Tensor, Tensor)",
+    "packed_grouped_linear": "(Tensor x, Tensor? rows, Tensor starts, Tensor packed, int outputs) -> Tensor",
+    "combine_rows": "(Tensor y, Tensor place, Tensor weights) -> Tensor",
     "argmax_rows": "(Tensor logits) -> (Tensor, Tensor)",
     "perturbed_max": "(Tensor logits, Tensor temperatures, Tensor keys, int start) -> (Tensor, Tensor)",
     "largest": "(Tensor logits, int k) -> (Tensor, Tensor)",
@@ -211,7 +214,20 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("infer::packed_linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-        return x.new_empty((x.shape[0], outputs))
+        return packed.new_empty((x.shape[0], outputs))
+
+    @torch.library.register_fake("infer::group_rows")
+    def _(experts: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = experts.new_empty(experts.numel())
+        return rows, experts.new_empty(count + 1, dtype=torch.int32), experts.new_empty(experts.shape)
+
+    @torch.library.register_fake("infer::packed_grouped_linear")
+    def _(x: Tensor, rows: Tensor | None, starts: Tensor, packed: Tensor, outputs: int) -> Tensor:
+        return x.new_empty((x.shape[0] if rows is None else rows.shape[0], outputs))
+
+    @torch.library.register_fake("infer::combine_rows")
+    def _(y: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+        return y.new_empty((place.shape[0], y.shape[1]))
 
     @torch.library.register_fake("infer::argmax_rows")
     def _(logits: Tensor) -> tuple[Tensor, Tensor]:

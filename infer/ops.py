@@ -36,8 +36,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
-    return F.linear(x, weight, bias)
+    """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N] in the weight's dtype."""
+    return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def pack_linear(weight: Tensor) -> Tensor:
@@ -60,6 +60,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) 
     """x [T, K] times a weight [outputs, K] packed by pack_linear, transposed, plus bias [outputs]: [T, outputs].
 
     Sums are float32, over the inputs in rising order: a row's result does not depend on other rows, to the last bit.
+    The result has the weight's dtype; x may be bfloat16 where that is float32.
     """
     if native.use_native("packed_linear", x):
         return torch.ops.infer.packed_linear.default(x, packed, bias, outputs)
@@ -211,7 +212,7 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def packed_linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     weight = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, : x.shape[1]]
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(packed.dtype)
 
 
 def packed_rows_reference(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:

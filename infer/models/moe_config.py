@@ -50,12 +50,11 @@ class MoeConfig:
     shared_gated              its output is multiplied by a sigmoid of the token (Qwen2-MoE)
     sparse                    for each layer of the model, whether its feed-forward is this or the dense one
     scoring                   of the router's logits over all experts
-    renormalize               the chosen scores are divided by their sum. With softmax this is the softmax of the chosen
-                              logits alone, which is what gpt-oss and Granite compute
+    renormalize               the chosen scores are divided by their sum; with softmax, that is the softmax of the chosen
+                              logits alone
     correction_bias           added to the scores for the choice, not for the weights (DeepSeek-V3)
     scaling                   what the weights are multiplied by in the end (routed_scaling_factor)
     grouping                  None: any expert may be chosen
-    router_bias, expert_bias  whether the router's and the experts' matrices have biases (gpt-oss)
     """
 
     num_experts: int
@@ -69,8 +68,6 @@ class MoeConfig:
     correction_bias: bool = False
     scaling: float = 1.0
     grouping: Grouping | None = None
-    router_bias: bool = False
-    expert_bias: bool = False
     names: MoeNames = MoeNames()
 
 

@@ -1,21 +1,55 @@
-// rotary_write_latent: the queries of multi-head latent attention, and the write of the latent and its rotated key.
-#include "common.h"
+// Multi-head latent attention but for the attention itself. rotary_write_latent: the queries, and the write of a latent
+// and its rotated key. packed_head_linear: each head's product with weights that were packed when they were loaded.
+#include <type_traits>
+#include <vector>
 
-#define INFER_KERNEL "rotary_kernel.h"
+#include "linear.h"
+
+#define INFER_KERNEL "latent_kernel.h"
 #include "foreach_isa.h"
 
 namespace infer {
 namespace {
 
-constexpr const char* op = "rotary_write_latent";
+// Products of each head's rows with its own packed weights.
+template <class T>
+struct Heads {
+  const T* x;
+  int64_t x_row_stride, x_head_stride, inputs, rows;
+  int64_t columns, packs;  // of the inputs, in whole packs; packs
+  const T* packed;
+  int64_t head_stride, block_stride;
+  T* out;  // [rows, heads, outputs]
+  int64_t heads, outputs;
+};
+
+// The outputs of blocks [first, last) of one head.
+template <class T>
+void head_blocks(const Heads<T>& h, int64_t head, int64_t first, int64_t last) {
+  static thread_local std::vector<float> memory, room;  // kept: a step makes many calls
+  const int64_t chunk_rows = linear_chunk_rows(h.rows, h.columns);
+  memory.resize(chunk_rows * linear_tile_outputs);
+  const T* x = h.x + head * h.x_head_stride;
+  LinearTask<T> task{nullptr, h.rows, h.x_row_stride, chunk_rows, h.packed + head * h.head_stride, h.block_stride,
+                     h.packs, nullptr, h.out + head * h.outputs, h.outputs, h.heads * h.outputs};
+  if constexpr (std::is_same_v<T, float>) {
+    task.x = x;
+  } else {
+    room.resize(h.rows * h.columns);
+    INFER_SELECT(widen_rows)(x, h.x_row_stride, h.rows, h.inputs, h.columns, room.data());
+    task.x = room.data();
+    task.x_stride = h.columns;
+  }
+  INFER_SELECT(linear_blocks<T>)(task, first, last, memory.data());
+}
 
 struct Shape {
   int64_t tokens, heads, latent, rope;
 };
 
-Shape check_arguments(const at::Tensor& q_latent, const at::Tensor& q_rope, const at::Tensor& kv,
-                      const at::Tensor& positions, const at::Tensor& cos_sin, const at::Tensor& norm,
-                      const at::Tensor& pages, const at::Tensor& slots) {
+Shape check_latent(const char* op, const at::Tensor& q_latent, const at::Tensor& q_rope, const at::Tensor& kv,
+                   const at::Tensor& positions, const at::Tensor& cos_sin, const at::Tensor& norm,
+                   const at::Tensor& pages, const at::Tensor& slots) {
   check_dim(op, "q_latent", q_latent, 3);
   check_dim(op, "q_rope", q_rope, 3);
   check_dim(op, "cos_sin", cos_sin, 2);
@@ -45,7 +79,8 @@ Shape check_arguments(const at::Tensor& q_latent, const at::Tensor& q_rope, cons
 at::Tensor rotary_write_latent(const at::Tensor& q_latent, const at::Tensor& q_rope, const at::Tensor& kv,
                                const at::Tensor& positions, const at::Tensor& cos_sin, const at::Tensor& norm,
                                double eps, const at::Tensor& pages, const at::Tensor& slots) {
-  const Shape s = check_arguments(q_latent, q_rope, kv, positions, cos_sin, norm, pages, slots);
+  constexpr const char* op = "rotary_write_latent";
+  const Shape s = check_latent(op, q_latent, q_rope, kv, positions, cos_sin, norm, pages, slots);
   const int64_t dim = s.latent + s.rope, half = s.rope / 2, block_size = pages.size(1);
   at::Tensor q = at::empty({s.tokens, s.heads, dim}, q_latent.options());
   for_dtype(op, q_latent.scalar_type(), [&](auto type) {
@@ -74,6 +109,39 @@ at::Tensor rotary_write_latent(const at::Tensor& q_latent, const at::Tensor& q_r
   return q;
 }
 
+at::Tensor packed_head_linear(const at::Tensor& x, const at::Tensor& packed, int64_t outputs) {
+  constexpr const char* op = "packed_head_linear";
+  check_dim(op, "x", x, 3);
+  check_dim(op, "packed", packed, 5);
+  const int64_t rows = x.size(0), heads = packed.size(0), blocks = packed.size(1), packs = packed.size(2);
+  const int64_t pack = packed.size(4), columns = packs * pack;
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.size(3) == linear_lanes, op, ": packed has shape ",
+                    packed.sizes(), ", must be contiguous with ", linear_lanes, " lanes");
+  TORCH_CHECK_VALUE((outputs + linear_lanes - 1) / linear_lanes == blocks && outputs > 0, op, ": ", outputs,
+                    " outputs do not fill ", blocks, " blocks of ", linear_lanes);
+  TORCH_CHECK_VALUE(x.size(2) <= columns && columns < x.size(2) + pack, op, ": x has ", x.size(2),
+                    " columns, the weights ", columns);
+  check_tensor(op, "x", x, packed.scalar_type(), {rows, heads, x.size(2)});
+  at::Tensor out = at::empty({rows, heads, outputs}, x.options());
+  if (rows == 0) return out;
+  for_dtype(op, packed.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    TORCH_CHECK_VALUE(pack == int64_t(sizeof(float) / sizeof(T)), op, ": packed has ", pack,
+                      " inputs together, must have ", sizeof(float) / sizeof(T));
+    const Heads<T> all{data<T>(x), x.stride(0), x.stride(1), x.size(2), rows, columns, packs,
+                       data<T>(packed), packed.stride(0), packed.stride(1), mutable_data<T>(out), heads, outputs};
+    // Items are the blocks of all heads, one head after another: a thread's share may begin and end within a head.
+    at::parallel_for(0, heads * blocks, grain_size(rows * columns * linear_lanes / 8), [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end;) {
+        const int64_t head = at / blocks, stop = std::min(end, (head + 1) * blocks);
+        head_blocks(all, head, at - head * blocks, stop - head * blocks);
+        at = stop;
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace infer
 
@@ -81,6 +149,10 @@ TORCH_LIBRARY_FRAGMENT(infer, m) {
   m.def(
       "rotary_write_latent(Tensor q_latent, Tensor q_rope, Tensor kv, Tensor positions, Tensor cos_sin, Tensor norm, "
       "float eps, Tensor(a!) pages, Tensor slots) -> Tensor");
+  m.def("packed_head_linear(Tensor x, Tensor packed, int outputs) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(infer, CPU, m) { m.impl("rotary_write_latent", &infer::rotary_write_latent); }
+TORCH_LIBRARY_IMPL(infer, CPU, m) {
+  m.impl("rotary_write_latent", &infer::rotary_write_latent);
+  m.impl("packed_head_linear", &infer::packed_head_linear);
+}
