@@ -30,6 +30,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
+_PLAIN_ACTIVATIONS = {**_ACTIVATIONS, "relu": F.relu}
 
 
 # ---------------------------------------------------------------------------------------------------- the ops
@@ -97,6 +98,11 @@ def act_and_mul(x: Tensor, kind: str) -> Tensor:
     if native.use_native("act_and_mul", x):
         return torch.ops.infer.act_and_mul.default(x, kind)
     return act_and_mul_reference(x, kind)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """act(x), elementwise; kind is silu, gelu (erf), gelu_tanh or relu. PyTorch's own kernels: there is no other."""
+    return _PLAIN_ACTIVATIONS[kind](x)
 
 
 def rotary_write_kv(

@@ -20,6 +20,7 @@ logger = logging.getLogger("infer.weights")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names -> bytes of an element
+BASES = ("model.", "transformer.", "gpt_neox.")  # what stands before the names of a model with a head, and else not
 DUMMY_STD = 0.02
 DUMMY_BLOCK_ROWS = 1024
 
@@ -61,8 +62,7 @@ class Checkpoint:
         file, name = self._locate(source.name)
         view = self._slice(file, name)
         try:
-            block = view[tuple(slice(held.start, held.stop) for held in source.part)]
-            out.copy_(block)
+            out.copy_(_arranged(source, view[tuple(slice(held.start, held.stop) for held in source.part)]))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / file}: tensor {name} cannot be read: {error}") from None
         self.bytes_read += math.prod(source.local_shape) * FLOATS[view.get_dtype()]
@@ -106,9 +106,8 @@ class Checkpoint:
         return weight_map
 
     def _locate(self, name: str) -> tuple[str, str]:
-        """(file, name in the checkpoint). A model saved without its head has no "model." before its names."""
-        short = name.removeprefix("model.")
-        for known in (name, short):
+        """(file, name in the checkpoint). A model saved without its head has no "model." or so before its names."""
+        for known in (name, *(name.removeprefix(base) for base in BASES)):
             if known in self._file_of:
                 return self._file_of[known], known
         hint = ""
@@ -132,6 +131,17 @@ class Checkpoint:
                 raise ValueError(f"{self.path / file} is truncated, corrupt or unreadable: {error}") from None
             self._names[file] = set(self._open[file].keys())
         return self._names[file]
+
+
+def _arranged(source: Source, block: Tensor) -> Tensor:
+    """A block as the checkpoint has it -> as the parameter does."""
+    if source.transposed:
+        block = block.t()
+    if source.order is not None:
+        block = block[list(source.order)]
+    if source.offset:
+        block = block.float() + source.offset
+    return block
 
 
 def check_weights(stage: nn.Module, checkpoint: Checkpoint) -> None:
@@ -179,6 +189,8 @@ def init_dummy_weights(stage: nn.Module, seed: int) -> None:
 def _fill_random(source: Source, out: Tensor, seed: int) -> None:
     held, columns = source.part[0], [slice(part.start, part.stop) for part in source.part[1:]]
     bound = DUMMY_STD * math.sqrt(3)
+    as_it_comes = not source.transposed and source.order is None
+    whole = out if as_it_comes else torch.empty(source.held_shape, device=out.device)
     for block in range(held.start // DUMMY_BLOCK_ROWS, (held.stop - 1) // DUMMY_BLOCK_ROWS + 1):
         first = block * DUMMY_BLOCK_ROWS
         last = min(first + DUMMY_BLOCK_ROWS, source.shape[0])
@@ -187,4 +199,6 @@ def _fill_random(source: Source, out: Tensor, seed: int) -> None:
         values = torch.empty((last - first, *source.shape[1:]), device=out.device)
         values.uniform_(-bound, bound, generator=generator)
         start, stop = max(first, held.start), min(last, held.stop)
-        out[start - held.start : stop - held.start].copy_(values[(slice(start - first, stop - first), *columns)])
+        whole[start - held.start : stop - held.start].copy_(values[(slice(start - first, stop - first), *columns)])
+    if not as_it_comes:
+        out.copy_(_arranged(source, whole))

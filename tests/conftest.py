@@ -5,7 +5,7 @@ from pathlib import Path
 
 import layout_jobs
 import pytest
-from checkpoints import RECIPES, Reference, build_checkpoint
+from checkpoints import CORE, Reference, build_checkpoint
 from world_scripts.jobs import JobResult
 from worlds import ROOT, run_jobs
 
@@ -14,9 +14,9 @@ SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="session")
 def checkpoint_dirs(tmp_path_factory) -> dict[str, Path]:
-    """The small checkpoints by name, built once a session."""
+    """The small checkpoints of CORE by name, built once a session."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: build_checkpoint(name, root / name) for name in RECIPES}
+    return {name: build_checkpoint(name, root / name) for name in CORE}
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,9 @@ class Layer(nn.Module):
         data = torch.empty(spec.local_shape, dtype=place.dtype, device=place.device)
         return nn.Parameter(data, requires_grad=False)
 
+    def pack(self) -> None:
+        """Once the weights are loaded: keeps them in the form that is fastest here. As they are, unless overridden."""
+
 
 def declared(module: nn.Module) -> Iterator[tuple[Tensor, WeightSpec]]:
     """Every parameter under a module with its declaration, once each; a shared one stands where it was declared."""

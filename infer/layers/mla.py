@@ -30,7 +30,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, prefix: str, c: ModelConfig, local: int, rotary: Rotary, place: Placement):
         super().__init__()
-        assert c.mla is not None
+        assert c.mla is not None and c.rope is not None
         mla, prefix = c.mla, f"{prefix}.self_attn"
         heads = split(c.num_heads, place.tp.size)[place.tp.index]
         project = LowRankProjection if mla.q_lora_rank else DirectProjection
@@ -50,11 +50,11 @@ class LatentAttention(nn.Module):
         """x [T, hidden] -> [T, hidden]; writes this batch's latents into the cache."""
         return self.o(self.attend(self.project(x), ctx))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor) -> list[Tensor]:
         """x [T, hidden] -> this rank's queries [T, num_q * qk_head_dim], and [T, kv_lora_rank + qk_rope_head_dim]."""
         return self.qkv(x)
 
-    def attend(self, projected: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
+    def attend(self, projected: list[Tensor], ctx: ForwardContext) -> Tensor:
         """What `project` gave -> the heads' outputs [T, num_q * v_head_dim]."""
         queries, kv = projected
         pages, values = ctx.k_pages[self.local], ctx.v_pages[self.local]
@@ -101,15 +101,15 @@ class LatentExpansion(Layer):
 
 
 class DirectProjection(nn.Module):
-    """x [T, hidden] -> (queries [T, H * qk_head_dim], latent and key [T, kv_lora_rank + qk_rope_head_dim])."""
+    """x [T, hidden] -> queries [T, H * qk_head_dim], and latent and key [T, kv_lora_rank + qk_rope_head_dim]."""
 
     def __init__(self, prefix: str, c: ModelConfig, mla: MlaConfig, heads: range, place: Placement):
         super().__init__()
         self.q = ColumnLinear(c.hidden_size, (_query_rows(f"{prefix}.q_proj", c, mla, heads),), False, place)
         self.kv = ColumnLinear(c.hidden_size, (_kv_rows(prefix, c, mla),), c.qkv_bias, place)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q(x), self.kv(x)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.q(x), self.kv(x)]
 
 
 class LowRankProjection(nn.Module):
@@ -123,33 +123,35 @@ class LowRankProjection(nn.Module):
         self.norm = RMSNorm(f"{prefix}.q_a_layernorm", self.rank, NORM_EPS, place)
         self.up = ColumnLinear(self.rank, (_query_rows(f"{prefix}.q_b_proj", c, mla, heads),), False, place)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         down = self.down(x)
-        return self.up(self.norm(down[:, : self.rank])), down[:, self.rank :]
+        return [self.up(self.norm(down[:, : self.rank])), down[:, self.rank :]]
 
 
 def _query_rows(source: str, c: ModelConfig, mla: MlaConfig, heads: range) -> Rows:
     """Of each head, the dimensions without a position, then the rotated ones."""
-    d = mla.qk_head_dim
-    order = _turned(mla.qk_nope_head_dim, mla.qk_rope_head_dim)
-    by_head = tuple(head * d + i for head in range(len(heads)) for i in order)
-    return Rows(source, c.num_heads * d, _scaled(heads, d), by_head if c.rope.interleaved else None)
+    return Rows(
+        source, c.num_heads * mla.qk_head_dim, _scaled(heads, mla.qk_head_dim),
+        _halves(c, mla.qk_nope_head_dim, mla.qk_rope_head_dim, len(heads)),
+    )  # fmt: skip
 
 
 def _kv_rows(prefix: str, c: ModelConfig, mla: MlaConfig) -> Rows:
     """The latent, then the key that is rotated: every rank needs all of both."""
-    order = _turned(mla.kv_lora_rank, mla.qk_rope_head_dim)
-    total = mla.latent_dim
-    return Rows(f"{prefix}.kv_a_proj_with_mqa", total, range(total), order if c.rope.interleaved else None)
+    order = _halves(c, mla.kv_lora_rank, mla.qk_rope_head_dim, 1)
+    return Rows(f"{prefix}.kv_a_proj_with_mqa", mla.latent_dim, range(mla.latent_dim), order)
 
 
-def _turned(before: int, rope: int) -> tuple[int, ...]:
-    """The order of rows that turns the neighbours of the rotated dimensions, behind `before` others, into two halves.
+def _halves(c: ModelConfig, before: int, turned: int, num_heads: int) -> tuple[int, ...] | None:
+    """The order of rows that turns neighbours into halves, in the `turned` rows behind `before` others of each head.
 
-    It is that of queries and of the key, so that their products are the same sums.
+    It is that of queries and of the key, so that their products are the same sums. None: they come as halves.
     """
-    turned = (*range(before, before + rope, 2), *range(before + 1, before + rope, 2))
-    return (*range(before), *turned)
+    if c.rope is None or not c.rope.interleaved:
+        return None
+    size = before + turned
+    one = (*range(before), *range(before, size, 2), *range(before + 1, size, 2))
+    return tuple(head * size + i for head in range(num_heads) for i in one)
 
 
 def _scaled(heads: range, dim: int) -> range:

@@ -3,62 +3,67 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from infer.cache.layout import KvLayout
 from infer.models.fields import Fields
 from infer.models.mla_config import MlaConfig
 from infer.models.moe_config import MoeConfig
+from infer.models.names import Names
+from infer.models.rope import RopeConfig as RopeConfig  # part of a ModelConfig, and imported with it
+from infer.models.rope import read_rope, scaled_length
 
 if TYPE_CHECKING:
     from infer.config import EngineConfig
 
-ACTIVATIONS = {  # config.json's hidden_act -> the kind ops.act_and_mul knows
+GATED_ACTIVATIONS = {  # config.json's hidden_act -> the kind ops.act_and_mul knows
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+ACTIVATIONS = {**GATED_ACTIVATIONS, "relu": "relu"}  # -> the kind ops.activation knows
 DTYPES = ("bfloat16", "float16", "float32")
 
-RopeType = Literal["default", "linear", "llama3", "yarn"]
+QkNorm = Literal["none", "head", "all"]
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+Residual = Literal["pre", "post", "sandwich", "parallel"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding. dim: rotated dimensions of a head. Fields a type does not use keep their default.
+@dataclass(frozen=True)
+class PositionTable:
+    """Learned positions: the checkpoint's table has so many rows, of which `skipped` stand before position 0's."""
 
-    original_max_position is the length the model was trained at, before scaling; nothing here depends on the
-    length served, so that ModelConfig.max_position may be lowered freely.
-    """
-
-    type: RopeType = "default"
-    theta: float = 10000.0
-    dim: int
-    factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None  # None: from factor, mscale and mscale_all_dim (yarn)
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
+    rows: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of the Llama family: all that its construction depends on.
+    """A decoder: all that its construction depends on.
 
-    window: for each layer, how many tokens back it sees, its own included; 0 is all of them.
-    max_position: positions [0, max_position) exist. eos_token_ids: any of them ends a text; may be empty.
-    dtype: of weights and activations, "bfloat16", "float16" or "float32".
+    rope            None: no layer rotates. local_rope: that of layers with a window, where it is another
+    nope_layers     layers that do not rotate, whatever the others do
+    window          for each layer, how many tokens back it sees, its own included; 0 is all of them
+    positions       learned positions, added to the embeddings; None: there are none
+    max_position    positions [0, max_position) exist; it may be lowered to the length that is served
+    norm            "rms", "rms_plus_one" (weights are stored less one) or "layer", with a bias
+    residual        where norms stand: "pre" (before each block), "post" (after it, before the addition), "sandwich" (both),
+                    or "parallel": both blocks read the same residual, each through a norm of its own
+    qk_norm         norms of q and k before the rotation: of each "head", or of "all" heads together
+    gated_mlp       act(gate) * up, or else act(up)
+    *_scale         factors on the embeddings, on every block's output before it is added, and on the logits;
+                    attention_scale: on q times k (None: head_dim ** -0.5)
+    *_soft_cap      attention scores and logits become cap * tanh(value / cap); 0: they do not
+    mla             attention over latents, with num_kv_heads 1 and head_dim that of a query; None: over keys and values
+    moe             the layers with experts; None: there are none
+    eos_token_ids   any of them ends a text; may be empty
+    dtype           of weights and activations, "bfloat16", "float16" or "float32"
     """
 
     architecture: str
@@ -70,19 +75,38 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None
+    local_rope: RopeConfig | None = None
+    nope_layers: frozenset[int] = frozenset()
     max_position: int
     window: tuple[int, ...]
+    positions: PositionTable | None = None
     activation: str = "silu"
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
     mla: MlaConfig | None = None
     moe: MoeConfig | None = None
+    norm: NormKind = "rms"
+    residual: Residual = "pre"
+    qk_norm: QkNorm = "none"
+    gated_mlp: bool = True
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_soft_cap: float = 0.0
+    logit_soft_cap: float = 0.0
+    names: Names = Names()
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """What a layer rotates by; None: it does not rotate."""
+        if layer in self.nope_layers:
+            return None
+        return self.local_rope if self.window[layer] and self.local_rope is not None else self.rope
 
     @property
     def attention_parameters(self) -> int:
@@ -94,7 +118,7 @@ class ModelConfig:
     @property
     def layer_parameters(self) -> int:
         """Matrix elements of one layer: what computing it costs, per token."""
-        return self.attention_parameters + 3 * self.hidden_size * self.intermediate_size
+        return self.attention_parameters + (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
 
     def kv_layout(self, kv_heads: int) -> KvLayout:
         """What a layer keeps of a token on a rank with so many KV heads; of latent attention, every rank keeps all."""
@@ -109,15 +133,23 @@ def decoder_config(
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     window: tuple[int, ...] | None = None,
+    has_rope: bool = True,
+    rope_theta: float = 10000.0,
+    partial_rotary: float = 1.0,
+    norm_eps: float = 1e-6,
+    activation: str = "silu",
+    gated_mlp: bool = True,
+    tie_embeddings: bool = False,
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
-    qk_norm: bool = False,
+    qk_norm: QkNorm = "none",
 ) -> ModelConfig:
-    """What every reader shares. The arguments are where families differ.
+    """What every reader shares; what else a family has, its reader replaces in the result.
 
-    num_kv_heads, head_dim: the family's defaults where config.json has none (None: num_attention_heads, and
-    hidden_size / num_attention_heads). window: per layer (None: no layer has one).
+    The arguments are where families differ. From num_kv_heads to tie_embeddings those of config.json's fields are the
+    family's defaults, for where it has none (num_kv_heads None: num_attention_heads; head_dim None: hidden_size /
+    num_attention_heads). window: per layer (None: no layer has one).
     """
     num_layers, hidden_size = f.count("num_hidden_layers"), f.count("hidden_size")
     num_heads = f.count("num_attention_heads")
@@ -130,7 +162,8 @@ def decoder_config(
     if head_dim % 2:
         raise f.error("head_dim", "must be even: rotary embedding turns pairs of dimensions")
     max_position = f.count("max_position_embeddings")
-    rope = read_rope(f, head_dim, max_position)
+    rope = read_rope(f, head_dim, max_position, theta=rope_theta, partial=partial_rotary) if has_rope else None
+    activations = GATED_ACTIVATIONS if gated_mlp else ACTIVATIONS
     return ModelConfig(
         architecture=architecture_of(f),
         vocab_size=f.count("vocab_size"),
@@ -140,12 +173,13 @@ def decoder_config(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=f.count("intermediate_size"),
-        norm_eps=f.number("rms_norm_eps", 1e-6),
+        norm_eps=f.number("rms_norm_eps", norm_eps),
         rope=rope,
-        max_position=max(max_position, _scaled_length(rope)),
+        max_position=max_position if rope is None else max(max_position, scaled_length(rope)),
         window=window or (0,) * num_layers,
-        activation=ACTIVATIONS[f.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
-        tie_embeddings=f.flag("tie_word_embeddings", False),
+        activation=ACTIVATIONS[f.choice("hidden_act", tuple(activations), activation)],
+        gated_mlp=gated_mlp,
+        tie_embeddings=f.flag("tie_word_embeddings", tie_embeddings),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -153,74 +187,21 @@ def decoder_config(
     )
 
 
+def layer_types(f: Fields, num_layers: int) -> list[str] | None:
+    """The `layer_types` of config.json: "full_attention" or "sliding_attention" for each layer; None without them."""
+    kinds = f.get("layer_types")
+    if kinds is None:
+        return None
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        raise f.error("layer_types", f"must be a list of {num_layers} of {' and '.join(known)}")
+    return kinds
+
+
 def sliding_window(f: Fields) -> int:
     """The `sliding_window` of families that have one. An absent one is 4096, as in their own code; null is none (0)."""
     disabled = "sliding_window" in f.data and f.get("sliding_window") is None
     return 0 if disabled else f.count("sliding_window", 4096)
-
-
-def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """The `rope_parameters` of config.json. Raises ValueError for a type other than ROPE_TYPES."""
-    r = f.section("rope_parameters")
-    nested = [name for name, value in r.data.items() if isinstance(value, dict)]
-    if nested:
-        raise f.error("rope_parameters", f"must not differ by layer ({', '.join(nested)}); that is not supported")
-    kind = cast(RopeType, r.choice("rope_type", tuple(ROPE_TYPES), "default"))
-    dim = int(head_dim * r.number("partial_rotary_factor", 1.0))
-    if dim % 2 or not 0 < dim <= head_dim:
-        raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
-    scaling = ROPE_TYPES[kind](f, r, max_position)
-    return RopeConfig(type=kind, theta=r.number("rope_theta", 10000.0), dim=dim, **scaling)
-
-
-def _scaled_length(rope: RopeConfig) -> int:
-    """The length scaling was made for. With yarn, config.json often keeps the one before (Qwen 2.5's instructions)."""
-    return int(rope.original_max_position * rope.factor) if rope.type == "yarn" else 0
-
-
-def _original_max_position(f: Fields, r: Fields, max_position: int) -> int:
-    """The length before scaling. One beside the rotary section, as some checkpoints have it, wins over one inside."""
-    inside = r.count("original_max_position_embeddings", max_position)
-    return f.count("original_max_position_embeddings", inside)
-
-
-def _default_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    return {}
-
-
-def _linear_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    return {"factor": r.number("factor")}
-
-
-def _llama3_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    return {
-        "factor": r.number("factor"),
-        "low_freq_factor": r.number("low_freq_factor"),
-        "high_freq_factor": r.number("high_freq_factor"),
-        "original_max_position": _original_max_position(f, r, max_position),
-    }
-
-
-def _yarn_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    original = _original_max_position(f, r, max_position)
-    return {
-        "factor": r.number("factor", max_position / original),
-        "beta_fast": r.number("beta_fast", 32.0),
-        "beta_slow": r.number("beta_slow", 1.0),
-        "attention_factor": r.number("attention_factor", 0.0) or None,
-        "mscale": r.number("mscale", 0.0),
-        "mscale_all_dim": r.number("mscale_all_dim", 0.0),
-        "truncate": r.flag("truncate", True),
-        "original_max_position": original,
-    }
-
-
-ROPE_TYPES: dict[str, Callable[[Fields, Fields, int], dict[str, Any]]] = {
-    "default": _default_scaling,
-    "linear": _linear_scaling,
-    "llama3": _llama3_scaling,
-    "yarn": _yarn_scaling,
-}
 
 
 def architecture_of(f: Fields) -> str:

@@ -106,18 +106,30 @@ def _successive(counts: list[int]) -> list[range]:
 class Source:
     """One checkpoint tensor and the block of it that this rank holds.
 
-    name   the tensor's name in the checkpoint
-    shape  its global shape
-    part   the interval held of each dimension
+    name        the tensor's name in the checkpoint
+    shape       its global shape
+    part        the interval held of each dimension, as the checkpoint has them
+    transposed  the checkpoint has [in, out] where the parameter is [out, in] (GPT-2)
+    order       the parameter's rows are these of the block, counted after transposing; None: all, as they come
+    offset      is added to every value (Gemma's norms are stored less one)
     """
 
     name: str
     shape: tuple[int, ...]
     part: tuple[range, ...]
+    transposed: bool = False
+    order: tuple[int, ...] | None = None
+    offset: float = 0.0
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Of the block, as the checkpoint has it."""
+        return tuple(len(interval) for interval in self.part)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        return tuple(len(interval) for interval in self.part)
+        """Of the block's place in the parameter."""
+        return self.held_shape[::-1] if self.transposed else self.held_shape
 
 
 @dataclass(frozen=True)
