@@ -92,6 +92,9 @@ class EngineConfig:
     tensor_parallel_size: int | None = _flag(
         None, "ranks a layer is split over (default: world / pp)", "-tp", parse=int
     )
+    enable_expert_parallel: bool = _flag(
+        False, "the ranks of a layer share out whole experts, instead of splitting each (mixture of experts)"
+    )
     pipeline_parallel_size: int = _flag(1, "stages the layers are split over", "-pp")
     pipeline_layer_partition: tuple[int, ...] | None = _flag(
         None, "layers of each stage, such as 9,11,10 (default: balanced)", parse=_partition
@@ -143,7 +146,7 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {share!r}")
         for name in (
             "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "disable_custom_all_reduce",
-            "enforce_eager", "compile",
+            "enforce_eager", "compile", "enable_expert_parallel",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")

@@ -7,6 +7,7 @@ Legend: T tokens, k experts of each token, E experts held by this rank, R = T * 
 """
 
 import functools
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ def grouped_linear_reference(x: Tensor, rows: Tensor | None, starts: Tensor, wei
     sorted_x = x if rows is None else x.index_select(0, rows)
     out = sorted_x.new_zeros(len(sorted_x), weight.shape[1])
     bounds = starts.tolist()
-    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             out[begin:end] = F.linear(sorted_x[begin:end], weight[expert])
     return out
@@ -115,7 +116,7 @@ def packed_grouped_linear_reference(
     sorted_x = x if rows is None else x.index_select(0, rows)
     out = sorted_x.new_zeros(len(sorted_x), outputs)
     bounds = starts.tolist()
-    for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             out[begin:end] = packed_linear_reference(sorted_x[begin:end], packed[expert], None, outputs)
     return out

@@ -3,7 +3,8 @@
 Dynamo traces a stage's layers as one graph whose only moving size is the number of rows. So that this is possible,
 
 - norms and activations are their references (infer/ops.py), which inductor fuses with what is around them;
-- attention, between its projections, is one opaque op, and so is a sum over ranks. Each does what it does uncompiled.
+- attention, between its projections, is one opaque op, and so are a sum over ranks and a product with several experts'
+  weights. Each does what it does uncompiled.
 """
 
 import copy
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from infer import ops
+from infer import ops, ops_moe
 from infer.engine.tape import Forward
 from infer.layers.attention import Attention, ForwardContext
 from infer.layers.mla import LatentAttention
@@ -114,6 +115,9 @@ def _teach_dynamo() -> None:
     substitute(ops.add_rms_norm)(ops.add_rms_norm_reference)
     substitute(ops.act_and_mul)(ops.act_and_mul_reference)
     substitute(Group.all_reduce)(_traced_all_reduce)
+    experts = torch.library.custom_op("infer_opaque::grouped_linear", ops_moe.grouped_linear, mutates_args=())
+    experts.register_fake(_grouped_linear_fake)
+    substitute(ops_moe.grouped_linear)(_traced_grouped_linear)
 
 
 def _attend(projected: list[Tensor], local: int, width: int) -> Tensor:
@@ -138,3 +142,12 @@ def _traced_all_reduce(self: Group, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         torch.ops.infer_opaque.sum_over_ranks(tensor)
     return tensor
+
+
+def _grouped_linear_fake(x: Tensor, rows: Tensor | None, starts: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0] if rows is None else rows.shape[0], weight.shape[1]))
+
+
+def _traced_grouped_linear(x: Tensor, rows: Tensor | None, starts: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.infer_opaque.grouped_linear(x, rows, starts, weight)
+    return result

@@ -242,7 +242,7 @@ def check(config: EngineConfig, world_size: int, program: str) -> tuple[Path, Mo
             f"({max_model_len}) when enable_chunked_prefill is off"
         )
     layers = balanced_layers(model_config, topology.pp_size, config.pipeline_layer_partition)
-    check_tensor_parallel(model_config, topology.tp_size)
+    check_tensor_parallel(model_config, topology.tp_size, config.enable_expert_parallel)
     if config.load_format != "dummy":
         checkpoint = Checkpoint(path)
         for pp, mine in enumerate(layers):
@@ -273,6 +273,7 @@ def _load_stage(
         is_last=groups.is_last_stage,
         dtype=getattr(torch, model_config.dtype),
         device=world.device,
+        expert_parallel=config.enable_expert_parallel,
     )
     source = "random"
     if config.load_format == "dummy":

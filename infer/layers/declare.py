@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class Placement:
     """Where this rank's modules are built: its tensor-parallel group, and the dtype and device of their parameters.
 
+    expert_parallel: the group's ranks share out whole experts, not the columns of each.
     On the meta device nothing is allocated, which is how memory is planned.
     """
 
     tp: "Group"
     dtype: torch.dtype
     device: torch.device
+    expert_parallel: bool = False
 
 
 class Layer(nn.Module):
@@ -42,7 +44,7 @@ class Layer(nn.Module):
         return nn.Parameter(data, requires_grad=False)
 
     def pack(self) -> None:
-        """Once the weights are loaded: keeps them in the form that is fastest here. As they are, unless overridden."""
+        """Once the parameters are loaded: keeps them in the form that is fastest here, if there is one (quant.py)."""
 
 
 def declared(module: nn.Module) -> Iterator[tuple[Tensor, WeightSpec]]:

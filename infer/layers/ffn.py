@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from infer import ops
 from infer.layers.declare import Placement
 from infer.layers.linear import ColumnLinear, RowLinear, Rows
+from infer.layers.moe import MoE
 from infer.models.config import ModelConfig
 from infer.parallel.placement import split
 
@@ -49,4 +50,6 @@ class PlainMLP(nn.Module):
 
 def make_ffn(prefix: str, c: ModelConfig, layer: int, place: Placement) -> nn.Module:
     """The feed-forward block of a layer, whose name is prefix ("model.layers.3")."""
+    if c.moe is not None and c.moe.sparse[layer]:
+        return MoE(prefix, c, place)
     return MLP(prefix, c, place) if c.gated_mlp else PlainMLP(prefix, c, place)

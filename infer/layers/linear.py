@@ -23,7 +23,8 @@ class MatrixLayer(Layer):
         self.matrix = Plain(self.weight)
 
     def pack(self, needs_rows: bool = False) -> None:
-        """Once the weight is loaded: keeps it in the form that is fastest here, and frees the form it was loaded in."""
+        if "weight" not in self.specs:  # another layer's is used
+            return
         self.matrix = choose(self.weight.data, needs_rows)
         if not isinstance(self.matrix, Plain):
             self.weight.data = torch.empty(0, dtype=self.weight.dtype)
@@ -101,4 +102,8 @@ class RowLinear(MatrixLayer):
         self.bias = self.declare("bias", WeightSpec((whole,)), place) if adds_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(self.matrix.multiply(x, self.bias))
+        return self.tp.all_reduce(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum, [T, out_features]."""
+        return self.matrix.multiply(x, self.bias)

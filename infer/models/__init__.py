@@ -10,7 +10,9 @@ from infer.models.deepseek import read_deepseek_v2, read_deepseek_v3
 from infer.models.fields import Fields
 from infer.models.llama import read_llama
 from infer.models.mistral import read_mistral
+from infer.models.mixtral import read_mixtral
 from infer.models.qwen import read_qwen2, read_qwen3
+from infer.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 
 __all__ = ["FAMILIES", "Family", "ModelConfig", "RopeConfig", "load_model_config", "reader_of"]
 
@@ -76,6 +78,27 @@ FAMILIES: dict[str, Family] = {
         "Qwen 3 (dense)",
         ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B"),
         "RMSNorm; grouped-query attention with q and k norms, sliding window in some layers; rotary; gated MLP",
+    ),
+    "MixtralForCausalLM": Family(
+        read_mixtral,
+        "Mixtral 8x7B, 8x22B",
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
+        "RMSNorm; grouped-query attention; rotary; 8 experts, 2 a token",
+        experts=True,
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        read_qwen2_moe,
+        "Qwen 1.5 MoE A2.7B, Qwen 2 57B-A14B",
+        ("Qwen/Qwen1.5-MoE-A2.7B-Chat",),
+        "RMSNorm; grouped-query attention with biases; rotary; 60 experts, 4 a token, and a gated shared expert",
+        experts=True,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        read_qwen3_moe,
+        "Qwen 3 30B-A3B, 235B-A22B",
+        ("Qwen/Qwen3-30B-A3B",),
+        "RMSNorm; grouped-query attention with q and k norms; rotary; 128 experts, 8 a token",
+        experts=True,
     ),
 }
 

@@ -56,12 +56,12 @@ class ModelConfig:
     residual        where norms stand: "pre" (before each block), "post" (after it, before the addition), "sandwich" (both),
                     or "parallel": both blocks read the same residual, each through a norm of its own
     qk_norm         norms of q and k before the rotation: of each "head", or of "all" heads together
+    mla             attention over latents, num_kv_heads being 1 and head_dim a query's; None: over keys and values
     gated_mlp       act(gate) * up, or else act(up)
+    moe             experts in the place of the feed-forward, in some layers or in all; None: there are none
     *_scale         factors on the embeddings, on every block's output before it is added, and on the logits;
                     attention_scale: on q times k (None: head_dim ** -0.5)
     *_soft_cap      attention scores and logits become cap * tanh(value / cap); 0: they do not
-    mla             attention over latents, with num_kv_heads 1 and head_dim that of a query; None: over keys and values
-    moe             the layers with experts; None: there are none
     eos_token_ids   any of them ends a text; may be empty
     dtype           of weights and activations, "bfloat16", "float16" or "float32"
     """
@@ -87,7 +87,6 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     mla: MlaConfig | None = None
-    moe: MoeConfig | None = None
     norm: NormKind = "rms"
     residual: Residual = "pre"
     qk_norm: QkNorm = "none"
@@ -98,6 +97,7 @@ class ModelConfig:
     attention_scale: float | None = None
     attention_soft_cap: float = 0.0
     logit_soft_cap: float = 0.0
+    moe: MoeConfig | None = None
     names: Names = Names()
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
@@ -117,8 +117,22 @@ class ModelConfig:
 
     @property
     def layer_parameters(self) -> int:
-        """Matrix elements of one layer: what computing it costs, per token."""
-        return self.attention_parameters + (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
+        """Matrix elements of one layer with the dense feed-forward: what computing it costs, per token."""
+        return self.attention_parameters + self.hidden_size * self._mlp_columns
+
+    @property
+    def active_parameters(self) -> tuple[int, ...]:
+        """For each layer, the matrix elements that a token meets: of a sparse one, the experts that it goes to."""
+        dense = self.layer_parameters
+        if self.moe is None:
+            return (dense,) * self.num_layers
+        sparse = dense + self.hidden_size * (self.moe.active_columns - self._mlp_columns)
+        return tuple(sparse if is_sparse else dense for is_sparse in self.moe.sparse)
+
+    @property
+    def _mlp_columns(self) -> int:
+        """Of all matrices of the dense feed-forward."""
+        return (3 if self.gated_mlp else 2) * self.intermediate_size
 
     def kv_layout(self, kv_heads: int) -> KvLayout:
         """What a layer keeps of a token on a rank with so many KV heads; of latent attention, every rank keeps all."""

@@ -104,10 +104,11 @@ class Stage(nn.Module):
         is_last: bool,
         dtype: torch.dtype,
         device: torch.device,
+        expert_parallel: bool = False,
     ):
         super().__init__()
-        check_tensor_parallel(c, tp.size)
-        place = Placement(tp, dtype, device)
+        check_tensor_parallel(c, tp.size, expert_parallel)
+        place = Placement(tp, dtype, device, expert_parallel)
         self.config, self.is_first, self.is_last, self.num_layers = c, is_first, is_last, len(layers)
         embedding = VocabEmbedding(c.names.embed, c.vocab_size, c.hidden_size, place) if is_first else None
         self.embed: nn.Module = nn.Identity() if embedding is None else embedding
@@ -130,7 +131,7 @@ class Stage(nn.Module):
     def pack(self) -> None:
         """Once the weights are loaded: keeps each matrix in the form that is fastest here (quant.py)."""
         for layer in self.modules():
-            if isinstance(layer, Layer) and layer.specs:
+            if isinstance(layer, Layer):
                 layer.pack()
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:

@@ -70,6 +70,12 @@ class MoeConfig:
     grouping: Grouping | None = None
     names: MoeNames = MoeNames()
 
+    @property
+    def active_columns(self) -> int:
+        """Matrix elements that a token meets, per element of the hidden state: router, its experts, shared expert."""
+        gate = 1 if self.shared_gated else 0
+        return self.num_experts + 3 * (self.top_k * self.intermediate_size + self.shared_intermediate_size) + gate
+
 
 def read_experts(f: "Fields", num_experts: str, top_k: str = "num_experts_per_tok") -> tuple[int, int]:
     """(experts, experts a token): the fields of these names. Raises ValueError where there are too few to choose."""
