@@ -5,8 +5,9 @@ The model calls the plain functions of this module (`rms_norm`, `paged_attention
 tensors it was given, and its `*_reference` otherwise; the reference is the definition of the op, so both give the same
 result up to float32 rounding.
 
-Legend: T tokens in the batch, S sequences, H hidden size, D head size, num_q and num_kv local heads. Those of latent
-attention are in ops_latent.py. All ops are for inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference.
+Legend: T tokens in the batch, S sequences, H hidden size, D head size, num_q and num_kv local heads. All ops are for
+inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference. More of them
+stand in ops_latent.py and ops_moe.py.
 """
 
 import functools

@@ -1,16 +1,18 @@
 """The ops of multi-head latent attention, as ops.py has those of the others: function, native kernel, reference.
 
-Attention itself is ops.paged_attention, in the absorbed form (DeepSeek-V2, 2024, section 2.1.2): what makes a head's
+Attention itself is that of other models, in the absorbed form (DeepSeek-V2, 2024, section 2.1.2): what makes a head's
 keys from a latent is applied to its query instead, and what makes its values to the sum of latents. So all heads read
 one key a token, the latent beside a rotated part, and their value is that latent; nothing is ever expanded.
 
-Legend: T tokens in the batch, H local heads, L size of a latent (kv_lora_rank), R rotated dimensions of a head.
+Legend: T tokens in the batch, S sequences, H local heads, L size of a latent (kv_lora_rank), R rotated dimensions of a
+head.
 """
 
 import torch
 from torch import Tensor
 
 from infer import native, ops
+from infer.ops_gathered import attend_gathered
 
 
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def rotary_write_latent(
     pages: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """Rotates q_rope and kv's end, writes kv into the cache, and returns the queries of the absorbed form [T, H, L + R].
+    """Rotates q_rope and kv's end, writes kv into the cache, and returns the absorbed form's queries [T, H, L + R].
 
     q_latent   [T, H, L], and q_rope [T, H, R]: what goes before and into the rotated part of the result
     kv         [T, L + R]: a latent, which is normed (ops.rms_norm), and a key, which is rotated, of each token
@@ -61,6 +63,28 @@ def rotary_write_latent(
     if native.use_native("rotary_write_latent", q_latent):
         return torch.ops.infer.rotary_write_latent.default(*args)
     return rotary_write_latent_reference(*args)
+
+
+def attend_latents(
+    q: Tensor,
+    pages: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    kv_map: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of rows over their sequences' latents: q [T, H, L + R] -> latents summed by weight [T, H, L].
+
+    pages [num_blocks, block_size, 1, L + R]; values: its first L dimensions. The others are as in ops.paged_attention.
+    The CUDA kernel of that has no room for so large a head: a GPU runs PyTorch's matrix products over gathered latents.
+    """
+    if q.is_cuda:
+        return attend_gathered(q, pages, values.shape[3], block_table, query_start, seq_lens, scale)
+    return ops.paged_attention(
+        q, pages, values, block_table, query_start, seq_lens, kv_map, scale, window=0, soft_cap=0.0
+    )
 
 
 def packed_head_linear_reference(x: Tensor, packed: Tensor, outputs: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from test_ops import DTYPES, EPS, MIXED, attention_case, close, int32, needs_native
 from torch import Tensor
 
-from infer import ops, ops_latent
+from infer import ops, ops_gathered, ops_latent
 
 LATENT, ROPE = 20, 6
 
@@ -166,6 +166,20 @@ def test_a_row_does_not_depend_on_its_neighbours():
             "seq_lens": case["seq_lens"][s : s + 1],
         }
         assert torch.equal(ops.paged_attention(**{**case, **one}), whole[begin:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+# Sequence by sequence and row by row; some at a time; all at once.
+@pytest.mark.parametrize("gather_bytes", [1, 60_000, 1 << 28])
+def test_attention_over_gathered_latents_equals_the_reference(gather_bytes, dtype, monkeypatch):
+    """What a GPU runs."""
+    monkeypatch.setattr(ops_gathered, "GATHER_BYTES", gather_bytes)
+    case = with_values_in_keys(attention_case(MIXED, [0] * 5, dim=26, dtype=dtype), LATENT)
+    case["q"] = torch.cat((case["q"], torch.ones(3, 5, 26, dtype=dtype)))  # rows of no sequence
+    names = ("q", "k_pages", "block_table", "query_start", "seq_lens", "scale")
+    q, pages, *others, scale = (case[name] for name in names)
+    actual = ops_gathered.attend_gathered(q, pages, LATENT, *others, scale)
+    close(actual, ops.paged_attention_reference(**case), float32=1e-5)
 
 
 def test_the_absorbed_form_is_attention_over_expanded_keys():

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from infer import launch, ops_cuda
+from infer import launch, ops_cuda, ops_gathered
 from infer.cache import pages
 from infer.config import EngineConfig
 from infer.engine.grammar import Grammars, make_grammars
@@ -318,7 +318,10 @@ def _peak_bytes(config: EngineConfig, stage: Stage, page: pages.Pages, max_model
     mixed = [rows - sampled + 1] + [1] * (sampled - 1)
     contexts = (_trial_context(page, counts, width, max(rows, max_model_len)) for counts in ([rows], mixed))
     # Here every prompt's keys are in the batch; with cached ones, there may be more to gather.
-    room = ops_cuda.gather_room(page.k[0], num_keys=mixed[0], max_model_len=max_model_len)
+    if stage.kv_layout.values_in_keys:
+        room = ops_gathered.gathered_room(page.k[0], max_model_len)
+    else:
+        room = ops_cuda.gather_room(page.k[0], num_keys=mixed[0], max_model_len=max_model_len)
     return room + max(_trial_bytes(stage, context, sampled) for context in contexts)
 
 

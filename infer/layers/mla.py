@@ -9,7 +9,7 @@ weighted sum of latents is turned into the head's output.
 import torch
 from torch import Tensor, nn
 
-from infer import ops, ops_latent
+from infer import ops_latent
 from infer.layers.attention import ForwardContext
 from infer.layers.declare import Layer, Placement
 from infer.layers.linear import ColumnLinear, RowLinear, Rows
@@ -63,10 +63,9 @@ class LatentAttention(nn.Module):
             self.expansion.absorb(heads[:, :, : self.nope_dim]), heads[:, :, self.nope_dim :], kv, ctx.positions,
             self.rotary.cos_sin, self.kv_norm.weight, NORM_EPS, pages, ctx.slots,
         )  # fmt: skip
-        latents = ops.paged_attention(
-            q, pages, values, ctx.block_table, ctx.query_start, ctx.seq_lens, self.kv_map, self.scale, window=0,
-            soft_cap=0.0,
-        )  # fmt: skip
+        latents = ops_latent.attend_latents(
+            q, pages, values, ctx.block_table, ctx.query_start, ctx.seq_lens, self.kv_map, self.scale
+        )
         return self.expansion.expand(latents).view(-1, self.q_width)
 
 

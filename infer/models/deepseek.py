@@ -38,7 +38,7 @@ def read_deepseek_v3(f: Fields) -> ModelConfig:
 def _decoder(f: Fields, moe: MoeConfig, interleaved: bool) -> ModelConfig:
     nope, rope_dim, value = (f.count(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     if f.count("head_dim", rope_dim) != rope_dim:
-        raise f.error("head_dim", f"must be qk_rope_head_dim ({rope_dim}), the part of a head that is rotated, or absent")
+        raise f.error("head_dim", f"must be qk_rope_head_dim ({rope_dim}), the rotated part of a head, or absent")
     bias = f.flag("attention_bias", False)
     c = decoder_config(f, head_dim=rope_dim, qkv_bias=bias, o_bias=bias, mlp_bias=f.flag("mlp_bias", False))
     assert c.rope is not None, "the shared reader was asked for one"
