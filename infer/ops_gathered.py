@@ -1,7 +1,7 @@
 """Attention over latents on a GPU: PyTorch's matrix products over keys that are gathered from the pages.
 
-For any device. Products are float32, as scores are elsewhere. Lengths are read back, for which the host waits, so that no
-CUDA graph can hold this. All query heads read one key a token, whose first numbers are the value.
+For any device. Products are float32, as scores are elsewhere. Lengths are read back, for which the host waits, so that
+no CUDA graph can hold this. All query heads read one key a token, whose first numbers are the value.
 
 Legend: T tokens, S sequences, H query heads, D numbers of a key, V of a value.
 """

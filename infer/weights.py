@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from infer.layers.declare import declared
-from infer.models.config import read_json
+from infer.models.fields import read_json
+from infer.models.recognize import PLAIN_WANTED, QUANTIZED_DTYPES, quantized_tensors
 from infer.parallel.placement import Source
 
 logger = logging.getLogger("infer.weights")
@@ -41,6 +42,8 @@ class Checkpoint:
         self._names: dict[str, set[str]] = {}  # file -> its tensors
         self._listing = self._find_listing()
         self._file_of = self._read_index() if self._listing == INDEX else self._all_in(self._listing)
+        if found := quantized_tensors(self._file_of):
+            raise ValueError(f"{self.path / self._listing}: {found}; {PLAIN_WANTED}")
 
     def check(self, source: Source) -> None:
         """Whether the tensor is there, with the declared shape and a dtype we read. Reads headers only."""
@@ -52,8 +55,9 @@ class Checkpoint:
                 f"{list(source.shape)}"
             )
         if (dtype := view.get_dtype()) not in FLOATS:
+            method = f" ({QUANTIZED_DTYPES[dtype]})" if dtype in QUANTIZED_DTYPES else ""
             raise ValueError(
-                f"{self.path / file}: tensor {name} has dtype {dtype}, which is not supported; "
+                f"{self.path / file}: tensor {name} has dtype {dtype}{method}, which is not supported; "
                 f"supported are {', '.join(FLOATS)} (quantized checkpoints are not)"
             )
 
@@ -84,6 +88,8 @@ class Checkpoint:
             raise ValueError(f"{self.path} has {len(files)} safetensors files but no {INDEX} that says what is where")
         others = sorted(f.name for ending in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in self.path.glob(ending))
         found = f"; {', '.join(others[:3])} cannot be used, only safetensors can" if others else ""
+        if any(name.endswith(".gguf") for name in others):
+            found += f" (GGUF: {PLAIN_WANTED})"
         raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}{found}")
 
     def _all_in(self, file: str) -> dict[str, str]:

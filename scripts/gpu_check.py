@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from infer.bench.report import markdown_table, slug, table  # noqa: E402 - it needs the standard library alone
+from infer.bench.report import slug  # noqa: E402 - it needs the standard library alone
+from infer.tables import markdown_table, table  # noqa: E402 - likewise
 
 SITE = ROOT / "build" / "gpu-site"
 WHEELS = ROOT / "wheels"

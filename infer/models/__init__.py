@@ -1,9 +1,9 @@
 """The models there are: config.json's architecture -> the reader that turns it into a ModelConfig. No torch here."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from infer.models.config import ModelConfig, RopeConfig, load_model_config
 from infer.models.deepseek import read_deepseek_v2, read_deepseek_v3
@@ -13,6 +13,7 @@ from infer.models.mistral import read_mistral
 from infer.models.mixtral import read_mixtral
 from infer.models.qwen import read_qwen2, read_qwen3
 from infer.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
+from infer.models.recognize import unsupported
 
 __all__ = ["FAMILIES", "Family", "ModelConfig", "RopeConfig", "load_model_config", "reader_of"]
 
@@ -67,11 +68,26 @@ FAMILIES: dict[str, Family] = {
         ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-Nemo-Instruct-2407"),
         "RMSNorm; grouped-query attention, sliding window; rotary; gated MLP",
     ),
+    "MixtralForCausalLM": Family(
+        read_mixtral,
+        "Mixtral 8x7B, 8x22B",
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
+        "RMSNorm; grouped-query attention, sliding window; rotary; gated experts",
+        experts=True,
+    ),
     "Qwen2ForCausalLM": Family(
         read_qwen2,
         "Qwen 2, 2.5; QwQ",
         ("Qwen/Qwen2.5-7B-Instruct",),
         "RMSNorm; grouped-query attention with biases, sliding window in some layers; rotary; gated MLP",
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        read_qwen2_moe,
+        "Qwen 1.5 MoE A2.7B; Qwen 2 57B-A14B",
+        ("Qwen/Qwen1.5-MoE-A2.7B-Chat", "Qwen/Qwen2-57B-A14B-Instruct"),
+        "RMSNorm; grouped-query attention with biases, sliding window in some layers; rotary; gated experts in some "
+        "layers or in all, with a shared expert behind a gate",
+        experts=True,
     ),
     "Qwen3ForCausalLM": Family(
         read_qwen3,
@@ -79,34 +95,23 @@ FAMILIES: dict[str, Family] = {
         ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B"),
         "RMSNorm; grouped-query attention with q and k norms, sliding window in some layers; rotary; gated MLP",
     ),
-    "MixtralForCausalLM": Family(
-        read_mixtral,
-        "Mixtral 8x7B, 8x22B",
-        ("mistralai/Mixtral-8x7B-Instruct-v0.1",),
-        "RMSNorm; grouped-query attention; rotary; 8 experts, 2 a token",
-        experts=True,
-    ),
-    "Qwen2MoeForCausalLM": Family(
-        read_qwen2_moe,
-        "Qwen 1.5 MoE A2.7B, Qwen 2 57B-A14B",
-        ("Qwen/Qwen1.5-MoE-A2.7B-Chat",),
-        "RMSNorm; grouped-query attention with biases; rotary; 60 experts, 4 a token, and a gated shared expert",
-        experts=True,
-    ),
     "Qwen3MoeForCausalLM": Family(
         read_qwen3_moe,
         "Qwen 3 30B-A3B, 235B-A22B",
-        ("Qwen/Qwen3-30B-A3B",),
-        "RMSNorm; grouped-query attention with q and k norms; rotary; 128 experts, 8 a token",
+        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B"),
+        "RMSNorm; grouped-query attention with q and k norms, sliding window; rotary; gated experts in some "
+        "layers or in all",
         experts=True,
     ),
 }
 
 
-def reader_of(architecture: str, file: Path) -> Reader:
-    """The reader of an architecture. Raises ValueError that lists the known ones; file: where the name stood."""
-    if architecture in FAMILIES:
-        return FAMILIES[architecture].read
-    near = difflib.get_close_matches(architecture, FAMILIES, n=1)
-    hint = f"; the nearest is {near[0]}" if near else ""
-    raise ValueError(f"{file}: architecture {architecture} is not supported{hint}; supported are {', '.join(FAMILIES)}")
+def reader_of(architecture: str, file: Path, auto_map: Any = None) -> Reader:
+    """The reader of an architecture. Raises ValueError that lists the known ones; file: where the name stood.
+
+    auto_map: config.json's, which names code in the checkpoint. It is never run, and not needed for an architecture
+    that is known.
+    """
+    if architecture not in FAMILIES:
+        raise unsupported(architecture, FAMILIES, file, auto_map)
+    return FAMILIES[architecture].read

@@ -2,16 +2,16 @@
 
 import dataclasses
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from infer.cache.layout import KvLayout
-from infer.models.fields import Fields
+from infer.models.fields import Fields, read_json
 from infer.models.mla_config import MlaConfig
 from infer.models.moe_config import MoeConfig
 from infer.models.names import Names
+from infer.models.recognize import refuse_quantized
 from infer.models.rope import RopeConfig as RopeConfig  # part of a ModelConfig, and imported with it
 from infer.models.rope import read_rope, scaled_length
 
@@ -239,31 +239,12 @@ def load_model_config(path: Path, config: "EngineConfig") -> ModelConfig:
     file = path / "config.json"
     overrides = _current_names(config.hf_overrides or {}, "hf_overrides")
     f = Fields(file, _overlay(_current_names(read_json(file), str(file)), overrides))
-    for name in ("quantization_config", "compression_config"):
-        if (quantization := f.get(name)) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise ValueError(f"{file}: {name} (method {method}): quantized checkpoints are not supported; "
-                             f"use the original in bfloat16, float16 or float32")  # fmt: skip
-    c = reader_of(architecture_of(f), file)(f)
+    refuse_quantized(f)
+    c = reader_of(architecture_of(f), file, f.get("auto_map"))(f)
     dtype = _read_dtype(f, config.dtype)
     eos = _read_eos(path, f, overrides, c.vocab_size)
     _refuse_unread(f, overrides, config.hf_overrides or {}, c.architecture)
     return dataclasses.replace(c, dtype=dtype, eos_token_ids=eos)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError that names the file."""
-    try:
-        data = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; --model must be a Hugging Face checkpoint directory") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(data).__name__}")
-    return data
 
 
 def _current_names(raw: dict[str, Any], where: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Typed reading of a JSON object, with errors that name the file, the field and its value. No torch here."""
 
 import copy
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,3 +94,18 @@ class Fields:
                 raise self.error(name, "must be an object")
             self._sections[name] = Fields(self.file, value or {}, f"{self.prefix}{name}.")
         return self._sections[name]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError that names the file."""
+    try:
+        data = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; --model must be a Hugging Face checkpoint directory") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(data).__name__}")
+    return data

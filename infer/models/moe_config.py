@@ -50,8 +50,8 @@ class MoeConfig:
     shared_gated              its output is multiplied by a sigmoid of the token (Qwen2-MoE)
     sparse                    for each layer of the model, whether its feed-forward is this or the dense one
     scoring                   of the router's logits over all experts
-    renormalize               the chosen scores are divided by their sum; with softmax, that is the softmax of the chosen
-                              logits alone
+    renormalize               the chosen scores are divided by their sum; with softmax, that makes the softmax of the
+                              chosen logits alone
     correction_bias           added to the scores for the choice, not for the weights (DeepSeek-V3)
     scaling                   what the weights are multiplied by in the end (routed_scaling_factor)
     grouping                  None: any expert may be chosen

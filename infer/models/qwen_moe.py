@@ -19,9 +19,7 @@ def read_qwen2_moe(f: Fields) -> ModelConfig:
 def read_qwen3_moe(f: Fields) -> ModelConfig:
     size = sliding_window(f) if f.flag("use_sliding_window", False) else 0
     bias = f.flag("attention_bias", False)
-    c = decoder_config(
-        f, window=(size,) * f.count("num_hidden_layers"), qkv_bias=bias, o_bias=bias, qk_norm="head"
-    )
+    c = decoder_config(f, window=(size,) * f.count("num_hidden_layers"), qkv_bias=bias, o_bias=bias, qk_norm="head")
     return dataclasses.replace(c, moe=_experts(f, c.num_layers))
 
 
