@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ logger = logging.getLogger("infer.weights")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names -> bytes of an element
-BASES = ("model.", "transformer.", "gpt_neox.")  # what stands before the names of a model with a head, and else not
+# Start of a tensor's name -> what may stand there instead. A model saved without its head has no "model." or so before
+# its names; that of one that sees is part of another; and later versions of transformers named some tensors anew.
+OTHER_STARTS = {
+    "model.": ("", "language_model.model.", "model.language_model."),
+    "transformer.": ("",),
+    "gpt_neox.": ("",),
+    "lm_head.": ("language_model.lm_head.",),
+    "embed_out.": ("lm_head.",),
+}
 DUMMY_STD = 0.02
 DUMMY_BLOCK_ROWS = 1024
 
@@ -112,8 +121,8 @@ class Checkpoint:
         return weight_map
 
     def _locate(self, name: str) -> tuple[str, str]:
-        """(file, name in the checkpoint). A model saved without its head has no "model." or so before its names."""
-        for known in (name, *(name.removeprefix(base) for base in BASES)):
+        """(file, name in the checkpoint), by whichever of its names a tensor goes there."""
+        for known in _names_of(name):
             if known in self._file_of:
                 return self._file_of[known], known
         hint = ""
@@ -137,6 +146,13 @@ class Checkpoint:
                 raise ValueError(f"{self.path / file} is truncated, corrupt or unreadable: {error}") from None
             self._names[file] = set(self._open[file].keys())
         return self._names[file]
+
+
+def _names_of(name: str) -> Iterator[str]:
+    yield name
+    for start, others in OTHER_STARTS.items():
+        if name.startswith(start):
+            yield from (other + name.removeprefix(start) for other in others)
 
 
 def _arranged(source: Source, block: Tensor) -> Tensor:

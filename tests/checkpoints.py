@@ -32,9 +32,9 @@ def build_checkpoint(name: str, path: Path) -> Path:
     import transformers
 
     recipe = RECIPES[name]
-    config = getattr(transformers, f"{recipe.family}Config")(**{**COMMON, **recipe.config})
+    config = getattr(transformers, recipe.config_class or f"{recipe.family}Config")(**{**COMMON, **recipe.config})
     torch.manual_seed(CORE.index(name) if name in CORE else zlib.crc32(name.encode()))
-    model = getattr(transformers, f"{recipe.family}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, recipe.model_class or f"{recipe.family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):  # zeros, of which nobody would miss the addition

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import family_jobs
 import layout_jobs
 import pytest
 from checkpoints import CORE, Reference, build_checkpoint
@@ -10,6 +11,11 @@ from world_scripts.jobs import JobResult
 from worlds import ROOT, run_jobs
 
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def pytest_report_header() -> str:
+    chosen = ", ".join(f"{tp}x{pp}" for tp, pp in family_jobs.layouts())
+    return f"families run at tp x pp = {chosen} (INFER_TEST_LAYOUT chooses the last, or all)"
 
 
 @pytest.fixture(scope="session")

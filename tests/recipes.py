@@ -23,6 +23,7 @@ class Recipe:
 
     norm_mean: about which the weights of norms lie (0 where the model adds 1 to them).
     engine: further engine arguments, of every world that runs it.
+    model_class, config_class: where they are not the prefix with "ForCausalLM" and "Config".
     """
 
     family: str
@@ -30,3 +31,5 @@ class Recipe:
     max_shard_size: str | None = None
     norm_mean: float = 1.0
     engine: dict[str, Any] | None = None
+    model_class: str = ""
+    config_class: str = ""

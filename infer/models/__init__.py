@@ -8,12 +8,22 @@ from typing import Any
 from infer.models.config import ModelConfig, RopeConfig, load_model_config
 from infer.models.deepseek import read_deepseek_v2, read_deepseek_v3
 from infer.models.fields import Fields
+from infer.models.gemma import read_gemma, read_gemma2, read_gemma3, read_gemma3_text_part
+from infer.models.glm import read_glm, read_glm4
+from infer.models.gpt2 import read_gpt2
+from infer.models.gpt_neox import read_gpt_neox
+from infer.models.granite import read_granite
 from infer.models.llama import read_llama
 from infer.models.mistral import read_mistral
 from infer.models.mixtral import read_mixtral
+from infer.models.olmo import read_olmo2
+from infer.models.opt import read_opt
+from infer.models.phi import read_phi3
 from infer.models.qwen import read_qwen2, read_qwen3
 from infer.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 from infer.models.recognize import unsupported
+from infer.models.smollm3 import read_smollm3
+from infer.models.starcoder2 import read_starcoder2
 
 __all__ = ["FAMILIES", "Family", "ModelConfig", "RopeConfig", "load_model_config", "reader_of"]
 
@@ -56,6 +66,62 @@ FAMILIES: dict[str, Family] = {
         "RMSNorm; multi-head latent attention; rotary; 256 experts, 8 a token, and a shared expert",
         experts=True,
     ),
+    "GPT2LMHeadModel": Family(
+        read_gpt2,
+        "GPT-2",
+        ("openai-community/gpt2",),
+        "LayerNorm; multi-head attention with biases; learned positions; MLP",
+    ),
+    "GPTNeoXForCausalLM": Family(
+        read_gpt_neox,
+        "GPT-NeoX, Pythia",
+        ("EleutherAI/pythia-1.4b", "EleutherAI/gpt-neox-20b"),
+        "LayerNorm, parallel residual; multi-head attention with biases; partial rotary; MLP",
+    ),
+    "GemmaForCausalLM": Family(
+        read_gemma,
+        "Gemma 1",
+        ("google/gemma-2b-it",),
+        "RMSNorm (1 + weight); grouped-query attention; rotary; gated MLP; embedding multiplier",
+    ),
+    "Gemma2ForCausalLM": Family(
+        read_gemma2,
+        "Gemma 2",
+        ("google/gemma-2-2b-it", "google/gemma-2-27b-it"),
+        "RMSNorm (1 + weight), sandwich norms; grouped-query attention, sliding window in some layers, soft caps; rotary; "
+        "gated MLP; embedding multiplier",
+    ),
+    "Gemma3ForCausalLM": Family(
+        read_gemma3,
+        "Gemma 3 (text)",
+        ("google/gemma-3-1b-it",),
+        "RMSNorm (1 + weight), sandwich norms; grouped-query attention with q and k norms, sliding window in some layers; "
+        "rotary, another in layers with a window; gated MLP; embedding multiplier",
+    ),
+    "Gemma3ForConditionalGeneration": Family(
+        read_gemma3_text_part,
+        "Gemma 3 (the text part of models that see)",
+        ("google/gemma-3-4b-it", "google/gemma-3-27b-it"),
+        "those of Gemma3ForCausalLM; images are not taken",
+    ),
+    "GlmForCausalLM": Family(
+        read_glm,
+        "GLM-4",
+        ("THUDM/glm-4-9b-chat-hf",),
+        "RMSNorm; grouped-query attention with biases; partial rotary, interleaved; gated MLP",
+    ),
+    "Glm4ForCausalLM": Family(
+        read_glm4,
+        "GLM-4-0414",
+        ("THUDM/GLM-4-9B-0414", "THUDM/GLM-4-32B-0414"),
+        "RMSNorm, sandwich norms; grouped-query attention with biases; partial rotary, interleaved; gated MLP",
+    ),
+    "GraniteForCausalLM": Family(
+        read_granite,
+        "Granite 3.0 to 3.3",
+        ("ibm-granite/granite-3.3-2b-instruct",),
+        "RMSNorm; grouped-query attention; rotary; gated MLP; embedding, attention, residual and logit multipliers",
+    ),
     "LlamaForCausalLM": Family(
         read_llama,
         "Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; TinyLlama; Yi",
@@ -74,6 +140,24 @@ FAMILIES: dict[str, Family] = {
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
         "RMSNorm; grouped-query attention, sliding window; rotary; gated experts",
         experts=True,
+    ),
+    "OPTForCausalLM": Family(
+        read_opt,
+        "OPT (not 350m)",
+        ("facebook/opt-125m", "facebook/opt-66b"),
+        "LayerNorm; multi-head attention with biases; learned positions; MLP",
+    ),
+    "Olmo2ForCausalLM": Family(
+        read_olmo2,
+        "OLMo 2",
+        ("allenai/OLMo-2-1124-7B-Instruct",),
+        "RMSNorm, post-norms; multi-head attention with q and k norms over all heads; rotary; gated MLP",
+    ),
+    "Phi3ForCausalLM": Family(
+        read_phi3,
+        "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        ("microsoft/Phi-3.5-mini-instruct", "microsoft/phi-4"),
+        "RMSNorm; grouped-query attention, sliding window; partial rotary, LongRoPE; gated MLP; fused tensors",
     ),
     "Qwen2ForCausalLM": Family(
         read_qwen2,
@@ -102,6 +186,18 @@ FAMILIES: dict[str, Family] = {
         "RMSNorm; grouped-query attention with q and k norms, sliding window; rotary; gated experts in some "
         "layers or in all",
         experts=True,
+    ),
+    "SmolLM3ForCausalLM": Family(
+        read_smollm3,
+        "SmolLM3",
+        ("HuggingFaceTB/SmolLM3-3B",),
+        "RMSNorm; grouped-query attention; rotary in some layers; gated MLP",
+    ),
+    "Starcoder2ForCausalLM": Family(
+        read_starcoder2,
+        "StarCoder 2",
+        ("bigcode/starcoder2-3b", "bigcode/starcoder2-15b"),
+        "LayerNorm; grouped-query attention with biases, sliding window; rotary; MLP",
     ),
 }
 

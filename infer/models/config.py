@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,6 +155,7 @@ def decoder_config(
     activation: str = "silu",
     gated_mlp: bool = True,
     tie_embeddings: bool = False,
+    intermediate_size: int | None = None,
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
@@ -161,7 +163,7 @@ def decoder_config(
 ) -> ModelConfig:
     """What every reader shares; what else a family has, its reader replaces in the result.
 
-    The arguments are where families differ. From num_kv_heads to tie_embeddings those of config.json's fields are the
+    The arguments are where families differ. From num_kv_heads to intermediate_size those of config.json's fields are the
     family's defaults, for where it has none (num_kv_heads None: num_attention_heads; head_dim None: hidden_size /
     num_attention_heads). window: per layer (None: no layer has one).
     """
@@ -186,7 +188,7 @@ def decoder_config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=f.count("intermediate_size"),
+        intermediate_size=f.count("intermediate_size", intermediate_size),
         norm_eps=f.number("rms_norm_eps", norm_eps),
         rope=rope,
         max_position=max_position if rope is None else max(max_position, scaled_length(rope)),
@@ -201,15 +203,21 @@ def decoder_config(
     )
 
 
-def layer_types(f: Fields, num_layers: int) -> list[str] | None:
-    """The `layer_types` of config.json: "full_attention" or "sliding_attention" for each layer; None without them."""
+def layer_windows(f: Fields, size: int, default: Sequence[int]) -> tuple[int, ...]:
+    """For each layer: size where `layer_types` says "sliding_attention", 0 where it says "full_attention"; the default
+    without it."""
     kinds = f.get("layer_types")
     if kinds is None:
-        return None
+        return tuple(default)
     known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
-        raise f.error("layer_types", f"must be a list of {num_layers} of {' and '.join(known)}")
-    return kinds
+    if not isinstance(kinds, list) or len(kinds) != len(default) or any(kind not in known for kind in kinds):
+        raise f.error("layer_types", f"must be a list of {len(default)} of {' and '.join(known)}")
+    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def alternating_windows(f: Fields, size: int, every: int) -> tuple[int, ...]:
+    """As layer_windows; without layer_types, layer number `every`, counted from 1, and its multiples see all."""
+    return layer_windows(f, size, [size if number % every else 0 for number in range(1, f.count("num_hidden_layers") + 1)])
 
 
 def sliding_window(f: Fields) -> int:
@@ -237,8 +245,8 @@ def load_model_config(path: Path, config: "EngineConfig") -> ModelConfig:
     from infer.models import reader_of
 
     file = path / "config.json"
-    overrides = _current_names(config.hf_overrides or {}, "hf_overrides")
-    f = Fields(file, _overlay(_current_names(read_json(file), str(file)), overrides))
+    overrides = current_names(config.hf_overrides or {}, "hf_overrides")
+    f = Fields(file, _overlay(current_names(read_json(file), str(file)), overrides))
     refuse_quantized(f)
     c = reader_of(architecture_of(f), file, f.get("auto_map"))(f)
     dtype = _read_dtype(f, config.dtype)
@@ -247,7 +255,7 @@ def load_model_config(path: Path, config: "EngineConfig") -> ModelConfig:
     return dataclasses.replace(c, dtype=dtype, eos_token_ids=eos)
 
 
-def _current_names(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def current_names(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The same with the names of transformers 5: `dtype`, and one `rope_parameters` for all that is rotary."""
     data = dict(raw)
     if "torch_dtype" in data:

@@ -62,6 +62,12 @@ class Fields:
             raise self.error(name, "must be a positive number")
         return float(value)
 
+    def number_or_null(self, name: str, default: float) -> float:
+        """As number, for a field that is off, and 0, where it is null."""
+        if self.get(name) is None and self._names.get(name, name) in self.data:
+            return 0.0
+        return self.number(name, default)
+
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of so many finite numbers over 0."""
         value = self.get(name)
