@@ -1,5 +1,7 @@
 """Recipes of families with multi-head latent attention."""
 
+from dataclasses import replace
+
 from recipes import Recipe
 
 _HEADS = {
@@ -12,7 +14,7 @@ _YARN = {
     "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.7,
 }  # fmt: skip
 
-RECIPES: dict[str, Recipe] = {
+SPLIT_EXPERTS = {
     # As V2-Lite: queries from the hidden state, any expert may be chosen.
     "deepseek_v2_lite": Recipe(
         "DeepseekV2",
@@ -34,7 +36,7 @@ RECIPES: dict[str, Recipe] = {
     "deepseek_v3": Recipe(
         "DeepseekV3",
         {
-            **_HEADS, "q_lora_rank": 28, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_shared_experts": 1,
+            **_HEADS, "q_lora_rank": 28, "n_routed_experts": 16, "num_experts_per_tok": 3, "n_shared_experts": 1,
             "moe_intermediate_size": 17, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
             "routed_scaling_factor": 2.5, "attention_bias": True, "rope_parameters": _YARN,
         },
@@ -48,3 +50,11 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
 }  # fmt: skip
+
+# Nine experts over two ranks, sixteen over three: uneven.
+WHOLE_EXPERTS = {
+    f"{name}_ep": replace(SPLIT_EXPERTS[name], engine={"enable_expert_parallel": True})
+    for name in ("deepseek_v2", "deepseek_v3")
+}
+
+RECIPES: dict[str, Recipe] = {**SPLIT_EXPERTS, **WHOLE_EXPERTS}
