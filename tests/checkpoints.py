@@ -36,7 +36,7 @@ def build_checkpoint(name: str, path: Path) -> Path:
     torch.manual_seed(CORE.index(name) if name in CORE else zlib.crc32(name.encode()))
     model = getattr(transformers, recipe.model_class or f"{recipe.family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if parameter_name.endswith("bias"):  # zeros, of which nobody would miss the addition
                 parameter.normal_(0.0, 0.5)
             elif "norm" in parameter_name or ".ln_" in parameter_name:

@@ -21,6 +21,7 @@ Box = tuple[range, ...]
 class RankShare:
     """What one rank holds: layers of the model, heads of each layer, bytes.
 
+    num_kv_heads: 0 where a latent is kept instead, on every rank.
     num_experts: routed experts of each sparse layer that it holds at least a part of; 0: there are none.
     """
 
@@ -79,7 +80,7 @@ def plan_layout(
                 is_first,
                 is_last,
                 len(heads.query),
-                len(heads.kv),
+                0 if c.mla is not None else len(heads.kv),
                 _experts_held(c, topology.tp_size, tp, expert_parallel),
                 stage.parameter_bytes,
                 stage.kv_bytes_per_token,
