@@ -73,18 +73,18 @@ def plan_layout(
         heads = split_heads(c.num_heads, c.num_kv_heads, topology.tp_size)[tp]
         shares.append(
             RankShare(
-                rank,
-                pp,
-                tp,
-                stages[pp],
-                is_first,
-                is_last,
-                len(heads.query),
-                0 if c.mla is not None else len(heads.kv),
-                _experts_held(c, topology.tp_size, tp, expert_parallel),
-                stage.parameter_bytes,
-                stage.kv_bytes_per_token,
-            )  # fmt: skip
+                rank=rank,
+                pp=pp,
+                tp=tp,
+                layers=stages[pp],
+                is_first=is_first,
+                is_last=is_last,
+                num_heads=len(heads.query),
+                num_kv_heads=0 if c.mla is not None else len(heads.kv),
+                num_experts=_experts_held(c, topology.tp_size, tp, expert_parallel),
+                parameter_bytes=stage.parameter_bytes,
+                kv_bytes_per_token=stage.kv_bytes_per_token,
+            )
         )
     return Layout(tuple(shares), sum(volume(list(parts)) for parts in boxes.values()))
 
