@@ -78,7 +78,8 @@ def packed_rows(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of each row (Zhang and Sennrich, 2019): x [T, H], weight [H] -> [T, H].
 
-    Statistics are float32; the normalized row is cast to x.dtype before it meets the weight, as Llama's is.
+    Statistics are float32; the normalized row is cast to the weight's dtype before it meets the weight: to x.dtype, as
+    Llama's is, or not at all where the weight is float32 (Gemma), in which case the product is cast.
     x may be a strided view whose last dimension is contiguous.
     """
     if native.use_native("rms_norm", x):
@@ -87,7 +88,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """residual + x, and its rms_norm: x and residual [T, H], weight [H] -> (normed [T, H], residual [T, H])."""
+    """residual + x, and its rms_norm: x and residual [T, H], weight [H] -> (normed [T, H], residual [T, H]).
+
+    The weight has the dtype of x, or float32, as for rms_norm.
+    """
     if native.use_native("add_rms_norm", x):
         return torch.ops.infer.add_rms_norm.default(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
@@ -124,7 +128,8 @@ def rotary_write_kv(
     positions  [T] int64, each in [0, max_pos)
     cos_sin    [max_pos, rot_dim] float32: cosines, then sines; the first rot_dim <= D dimensions of a head are
                rotated in float32, half against half (GPT-NeoX's order)
-    q_norm     [D] or None: weight of a per-head rms_norm before the rotation; k_norm likewise; eps is theirs
+    q_norm     [D] or None: weight of a per-head rms_norm before the rotation (of qkv's dtype or float32, as there);
+               k_norm likewise; eps is theirs
     k_pages    [num_blocks, block_size, num_kv, D], written in place; v_pages likewise
     slots      [T] int64: block * block_size + offset; -1 writes nothing
     """
@@ -223,7 +228,7 @@ def packed_rows_reference(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * inverse_rms).to(x.dtype) * weight
+    return ((x32 * inverse_rms).to(weight.dtype) * weight).to(x.dtype)
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

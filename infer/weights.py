@@ -122,7 +122,7 @@ class Checkpoint:
 
     def _locate(self, name: str) -> tuple[str, str]:
         """(file, name in the checkpoint), by whichever of its names a tensor goes there."""
-        for known in _names_of(name):
+        for known in names_of(name):
             if known in self._file_of:
                 return self._file_of[known], known
         hint = ""
@@ -148,7 +148,8 @@ class Checkpoint:
         return self._names[file]
 
 
-def _names_of(name: str) -> Iterator[str]:
+def names_of(name: str) -> Iterator[str]:
+    """The names that a tensor may have in a checkpoint, the one it is declared with first."""
     yield name
     for start, others in OTHER_STARTS.items():
         if name.startswith(start):

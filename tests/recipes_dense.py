@@ -77,6 +77,18 @@ RECIPES: dict[str, Recipe] = {
     ),
     "olmo2": Recipe("Olmo2", {**NINE_HEADS, "num_hidden_layers": 4, "pad_token_id": PAD}),
     "olmo2-one-kv": Recipe("Olmo2", {**FIVE_HEADS, "num_hidden_layers": 4, "pad_token_id": PAD}),
+    "olmo3": Recipe(
+        "Olmo3",
+        {
+            **NINE_HEADS, "num_hidden_layers": 5, "pad_token_id": PAD, "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 128,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
     "opt": Recipe(
         "OPT",
         {

@@ -3,13 +3,22 @@
 `make test-models` runs all layouts, `make test` those of family_jobs.layouts().
 """
 
+from types import SimpleNamespace
+
 import family_jobs
 import numpy as np
 import pytest
+import torch
 from checkpoints import RECIPES, Reference, build_checkpoint
 from family_jobs import GREEDY, NUM_TOKENS, PROMPTS
 from parity import NEAR_TIE, check_completion
 from worlds import run_jobs
+
+from infer.config import EngineConfig
+from infer.layers.declare import declared
+from infer.models.config import load_model_config
+from infer.models.decoder import Stage
+from infer.weights import Checkpoint, check_weights, names_of
 
 MAX_NEAR_TIES = 3  # over the 256 tokens of a family
 LAYOUTS = family_jobs.layouts()
@@ -74,3 +83,17 @@ def test_greedy_equals_transformers(tp, pp, family, results, score, record_prope
     assert near_ties <= MAX_NEAR_TIES
     # Were most margins near ties, the comparison would prove little.
     assert np.mean(np.concatenate(margins) < 100 * NEAR_TIE) < 0.1
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_every_tensor_of_a_checkpoint_is_read(family, paths):
+    """What a model has and nobody declares would be left out of the computation in silence."""
+    c = load_model_config(paths[family], EngineConfig(model=str(paths[family])))
+    stage = Stage(
+        c, range(c.num_layers), SimpleNamespace(index=0, size=1), is_first=True, is_last=True, dtype=torch.float32,
+        device=torch.device("meta"),
+    )  # fmt: skip
+    checkpoint = Checkpoint(paths[family])
+    check_weights(stage, checkpoint)
+    names = {name for _, spec in declared(stage) for source in spec.sources for name in names_of(source.name)}
+    assert checkpoint.names <= names

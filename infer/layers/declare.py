@@ -34,13 +34,17 @@ class Layer(nn.Module):
         super().__init__()
         self.specs: dict[str, WeightSpec] = {}
 
-    def declare(self, name: str, spec: WeightSpec, place: Placement) -> nn.Parameter:
+    def declare(
+        self, name: str, spec: WeightSpec, place: Placement, dtype: torch.dtype | None = None
+    ) -> nn.Parameter:
         """Allocates the part of a parameter that this rank holds, and only that; its values are undefined.
+
+        dtype: where it is not that of the others (None).
 
         To be assigned to the attribute of that name: `self.weight = self.declare("weight", spec, place)`.
         """
         self.specs[name] = spec
-        data = torch.empty(spec.local_shape, dtype=place.dtype, device=place.device)
+        data = torch.empty(spec.local_shape, dtype=dtype or place.dtype, device=place.device)
         return nn.Parameter(data, requires_grad=False)
 
     def pack(self) -> None:

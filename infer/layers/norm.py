@@ -1,6 +1,7 @@
 """The norms, each alone or fused with the residual addition before it. Every rank holds all of a norm, unless `held`
 says which interval of its dimensions."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,7 +12,10 @@ from infer.parallel.placement import Source, WeightSpec
 
 
 class RMSNorm(Layer):
-    """Root-mean-square norm. source: checkpoint name without ".weight". offset: added to the weights stored there."""
+    """Root-mean-square norm. source: checkpoint name without ".weight". offset: added to the weights stored there.
+
+    With an offset they are kept in float32, since the sum has more digits than they had; ops.rms_norm knows both.
+    """
 
     def __init__(
         self, source: str, size: int, eps: float, place: Placement, *, offset: float = 0.0, held: range | None = None
@@ -19,7 +23,8 @@ class RMSNorm(Layer):
         super().__init__()
         self.eps = eps
         weight = Source(f"{source}.weight", (size,), (held or range(size),), offset=offset)
-        self.weight = self.declare("weight", WeightSpec((weight,), init="ones"), place)
+        dtype = torch.float32 if offset else place.dtype
+        self.weight = self.declare("weight", WeightSpec((weight,), init="ones"), place, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, size] -> its norm [T, size]."""

@@ -16,7 +16,7 @@ from infer.models.granite import read_granite
 from infer.models.llama import read_llama
 from infer.models.mistral import read_mistral
 from infer.models.mixtral import read_mixtral
-from infer.models.olmo import read_olmo2
+from infer.models.olmo import read_olmo2, read_olmo3
 from infer.models.olmoe import read_olmoe
 from infer.models.opt import read_opt
 from infer.models.phi import read_phi3
@@ -154,6 +154,13 @@ FAMILIES: dict[str, Family] = {
         "OLMo 2",
         ("allenai/OLMo-2-1124-7B-Instruct",),
         "RMSNorm, post-norms; multi-head attention with q and k norms over all heads; rotary; gated MLP",
+    ),
+    "Olmo3ForCausalLM": Family(
+        read_olmo3,
+        "OLMo 3",
+        ("allenai/Olmo-3-7B-Instruct",),
+        "RMSNorm, post-norms; multi-head attention with q and k norms over all heads, sliding window in some layers; "
+        "rotary, another in layers with a window; gated MLP",
     ),
     "Phi3ForCausalLM": Family(
         read_phi3,

@@ -6,7 +6,7 @@ from typing import Any
 from infer.models.config import ModelConfig, alternating_windows, current_names, decoder_config, sliding_window
 from infer.models.fields import Fields
 from infer.models.names import Names
-from infer.models.rope import read_rope_section
+from infer.models.rope import read_two_ropes
 
 SANDWICH = Names(
     attention_out_norm="post_attention_layernorm",
@@ -37,16 +37,9 @@ def read_gemma3(f: Fields) -> ModelConfig:
     """Every sixth layer sees all, the others a window; those rotate by a table of their own, which nothing stretches."""
     every = f.count("sliding_window_pattern", 6)
     c = _decoder(f.renamed(hidden_act="hidden_activation"), every=every, has_rope=False)
-    rope, local = f.section("rope_parameters"), Fields(f.file, {})
-    if any(isinstance(value, dict) for value in rope.data.values()):  # as transformers 5 writes it
-        rope, local = rope.section("full_attention"), rope.section("sliding_attention")
     local_theta = f.number("rope_local_base_freq", 10000.0)
-    return replace(
-        _sandwich(c, f, caps=(0.0, 0.0)),
-        qk_norm="head",
-        rope=read_rope_section(f, rope, c.head_dim, c.max_position, theta=1e6),
-        local_rope=read_rope_section(f, local, c.head_dim, c.max_position, theta=local_theta),
-    )
+    rope, local_rope = read_two_ropes(f, c.head_dim, c.max_position, theta=1e6, local_theta=local_theta)
+    return replace(_sandwich(c, f, caps=(0.0, 0.0)), qk_norm="head", rope=rope, local_rope=local_rope)
 
 
 def read_gemma3_text_part(f: Fields) -> ModelConfig:

@@ -55,13 +55,30 @@ def read_rope(
 def read_rope_section(
     f: Fields, r: Fields, head_dim: int, max_position: int, *, theta: float, partial: float = 1.0
 ) -> RopeConfig:
-    """As read_rope, from a section r of its own, of those that there are for several kinds of layers."""
+    """As read_rope, from a section r, of those that there are for several kinds of layers."""
     kind = cast(RopeType, ROPE_ALIASES.get(name := r.choice("rope_type", (*ROPE_TYPES, *ROPE_ALIASES), "default"), name))
     dim = int(head_dim * r.number("partial_rotary_factor", partial))
     if dim % 2 or not 0 < dim <= head_dim:
         raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
     scaling = ROPE_TYPES[kind](f, r, max_position, dim)
     return RopeConfig(type=kind, theta=r.number("rope_theta", theta), dim=dim, **scaling)
+
+
+def read_two_ropes(
+    f: Fields, head_dim: int, max_position: int, *, theta: float, local_theta: float
+) -> tuple[RopeConfig, RopeConfig]:
+    """(that of layers that see all, that of layers with a window), which no scaling stretches unless it is said so.
+
+    As transformers 5 writes them, each has a section of its own; before that one section was that of the former alone.
+    theta, local_theta: what they have where config.json has none.
+    """
+    rope, local = f.section("rope_parameters"), Fields(f.file, {})
+    if any(isinstance(value, dict) for value in rope.data.values()):
+        rope, local = rope.section("full_attention"), rope.section("sliding_attention")
+    return (
+        read_rope_section(f, rope, head_dim, max_position, theta=theta),
+        read_rope_section(f, local, head_dim, max_position, theta=local_theta),
+    )
 
 
 def scaled_length(rope: RopeConfig) -> int:

@@ -48,9 +48,11 @@ def test_the_kernels_run_on_this_gpu():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1), (1, 576), (3, 15), (5, 33), (70, 1000), (3, 4096), (2, 20000)])
-def test_norms_equal_their_references(shape, dtype):
+@pytest.mark.parametrize("float_weight", [False, True])
+def test_norms_equal_their_references(shape, dtype, float_weight):
     torch.manual_seed(0)
-    x, residual, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
+    x, residual, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1])
+    weight = weight if float_weight else weight.to(dtype)
     close(ops.rms_norm(x.cuda(), weight.cuda(), EPS), ops.rms_norm_reference(x, weight, EPS))
     normed, total = ops.add_rms_norm(x.cuda(), residual.cuda(), weight.cuda(), EPS)
     expected_normed, expected_total = ops.add_rms_norm_reference(x, residual, weight, EPS)
@@ -97,13 +99,15 @@ def test_activations_at_the_ends(kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", [False, True, "float weights"])
 @pytest.mark.parametrize(
     ("tokens", "num_q", "num_kv", "dim", "rot_dim"),
     [(0, 2, 1, 8, 8), (1, 9, 3, 64, 64), (20, 5, 2, 64, 32), (7, 3, 1, 20, 12), (3, 4, 4, 6, 2), (33, 8, 2, 128, 128)],
 )
 def test_rotary_write_kv_equals_its_reference(tokens, num_q, num_kv, dim, rot_dim, normed, dtype):
-    case = rotary_case(tokens, num_q, num_kv, dim, rot_dim, normed, dtype)
+    case = rotary_case(tokens, num_q, num_kv, dim, rot_dim, bool(normed), dtype)
+    if normed == "float weights":
+        case |= {"q_norm": torch.randn(dim), "k_norm": torch.randn(dim)}
     case["slots"][::3] = -1
     there = on_gpu(case)
     q = ops.rotary_write_kv(**there)
