@@ -135,15 +135,17 @@ class WideNorm(nn.Module):
         self.register_buffer("shares", shares, persistent=False)
 
     def forward(self, qkv: Tensor) -> Tensor:
-        """qkv [T, width] of this rank's heads -> the same, with q and k normed in place."""
+        """qkv [T, width] of this rank's heads -> the same with q and k normed."""
         q, k = qkv[:, : self.q_end], qkv[:, self.q_end : self.k_end]
         q_sum = q.float().square().sum(-1, keepdim=True)
         k_sum = qkv[:, self.own_start : self.own_end].float().square().sum(-1, keepdim=True)
         sums = self.tp.all_reduce(F.pad(q_sum, (0, 1)) + F.pad(k_sum, (1, 0)))
         inverse_rms = torch.rsqrt(sums * self.shares + self.eps)
-        q.copy_((q.float() * inverse_rms[:, :1]).to(q.dtype) * self.q.weight)
-        k.copy_((k.float() * inverse_rms[:, 1:]).to(k.dtype) * self.k.weight)
-        return qkv
+        normed = torch.empty_like(qkv)  # not torch.cat: a tape records no op that takes a list of tensors
+        normed[:, : self.q_end].copy_((q.float() * inverse_rms[:, :1]).to(q.dtype) * self.q.weight)
+        normed[:, self.q_end : self.k_end].copy_((k.float() * inverse_rms[:, 1:]).to(k.dtype) * self.k.weight)
+        normed[:, self.k_end :].copy_(qkv[:, self.k_end :])
+        return normed
 
 
 def make_attention(
