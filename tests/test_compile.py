@@ -17,7 +17,11 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprob
 @pytest.mark.parametrize(
     ("tp", "pp", "model"),
     [
-        (1, 1, "llama"), (1, 1, "qwen3"), (2, 1, "mistral"), (1, 2, "llama31"), (2, 1, "qwen2_moe"),
+        (1, 1, "llama"),
+        (1, 1, "qwen3"),
+        (2, 1, "mistral"),
+        (1, 2, "llama31"),
+        (2, 1, "qwen2_moe"),
         (2, 1, "deepseek_v3"),
     ],
 )
