@@ -1,6 +1,7 @@
 """What each rank of a layout would hold, found by building its stage on the meta device: nothing is allocated or read."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -86,7 +87,8 @@ def plan_layout(
                 kv_bytes_per_token=stage.kv_bytes_per_token,
             )
         )
-    return Layout(tuple(shares), sum(volume(list(parts)) for parts in boxes.values()))
+    alike = Counter(map(frozenset, boxes.values()))  # thousands of experts are split in the same way
+    return Layout(tuple(shares), sum(volume(list(parts)) * count for parts, count in alike.items()))
 
 
 def _experts_held(c: ModelConfig, tp_size: int, tp: int, expert_parallel: bool) -> int:
