@@ -75,11 +75,12 @@ def _renormalized(weights: Tensor) -> Tensor:
 
 def _in_best_groups(scores: Tensor, g: Grouping) -> Tensor:
     """scores [T, experts] with -inf for experts outside of the groups that may be chosen from."""
-    by_group = scores.view(len(scores), g.num_groups, -1)
+    num_experts = scores.shape[1]
+    by_group = scores.view(-1, g.num_groups, num_experts // g.num_groups)
     best = by_group.topk(2 if g.score == "top2" else 1, dim=-1).values.sum(-1)
     chosen = best.topk(g.top_groups, dim=-1).indices
     closed = torch.ones_like(best).scatter_(1, chosen, 0.0).unsqueeze(-1) > 0
-    return by_group.masked_fill(closed, float("-inf")).flatten(1)
+    return by_group.masked_fill(closed, float("-inf")).view(-1, num_experts)
 
 
 class ExpertMatrices(Layer):
