@@ -60,6 +60,7 @@ class Router(MatrixLayer):
         return _through(self._after_choice, scores.gather(1, experts)), experts
 
     def _corrected(self, scores: Tensor) -> Tensor:
+        assert self.correction is not None
         return scores + self.correction
 
 

@@ -107,7 +107,7 @@ def _balanced_counts(costs: tuple[int, ...], head: int, pp_size: int) -> list[in
     for stages in range(2, pp_size + 1):
         longer = {}
         for first in range(num_layers - stages + 1):
-            load, options = 0, []
+            load, options = 0, list[tuple[list[int], list[int]]]()
             for end in range(first + 1, num_layers - stages + 2):
                 load += costs[end - 1]
                 loads, counts = best[end]
