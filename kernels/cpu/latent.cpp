@@ -80,8 +80,8 @@ template <class T>
 void write_latents(const Shape& s, const at::Tensor& q_latent, const at::Tensor& q_rope, const at::Tensor& kv,
                    const at::Tensor& positions, const at::Tensor& cos_sin, const at::Tensor& norm, float eps,
                    const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& q) {
-  const auto rotate = INFER_SELECT(rotate_head<T>);
-  const auto normalize = INFER_SELECT(rms_norm_row<T>);
+  const auto rotate = INFER_SELECT(rotate_head<T, T>);
+  const auto normalize = INFER_SELECT(rms_norm_row<T, T>);
   const int64_t dim = s.latent + s.rope, half = s.rope / 2, block_size = pages.size(1);
   const int64_t *pos = data<int64_t>(positions), *slot = data<int64_t>(slots);
   at::parallel_for(0, s.tokens, grain_size(s.heads * dim), [&](int64_t begin, int64_t end) {
