@@ -76,35 +76,43 @@ Shape check_latent(const char* op, const at::Tensor& q_latent, const at::Tensor&
   return s;
 }
 
+template <class T>
+void write_latents(const Shape& s, const at::Tensor& q_latent, const at::Tensor& q_rope, const at::Tensor& kv,
+                   const at::Tensor& positions, const at::Tensor& cos_sin, const at::Tensor& norm, float eps,
+                   const at::Tensor& pages, const at::Tensor& slots, const at::Tensor& q) {
+  const auto rotate = INFER_SELECT(rotate_head<T, T>);
+  const auto normalize = INFER_SELECT(rms_norm_row<T, T>);
+  const int64_t dim = s.latent + s.rope, half = s.rope / 2, block_size = pages.size(1);
+  const int64_t *pos = data<int64_t>(positions), *slot = data<int64_t>(slots);
+  at::parallel_for(0, s.tokens, grain_size(s.heads * dim), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* angles = data<float>(cos_sin) + pos[t] * cos_sin.stride(0);
+      T* out = mutable_data<T>(q) + t * s.heads * dim;
+      for (int64_t h = 0; h < s.heads; ++h, out += dim) {
+        const T* latent = data<T>(q_latent) + t * q_latent.stride(0) + h * q_latent.stride(1);
+        const T* rope = data<T>(q_rope) + t * q_rope.stride(0) + h * q_rope.stride(1);
+        std::memcpy(out, latent, s.latent * sizeof(T));
+        rotate(rope, nullptr, angles, nullptr, out + s.latent, s.rope, half, 0.0f);
+      }
+      if (slot[t] < 0) continue;
+      const T* row = data<T>(kv) + t * kv.stride(0);
+      const int64_t block = slot[t] / block_size, offset = slot[t] % block_size;
+      T* kept = mutable_data<T>(pages) + block * pages.stride(0) + offset * pages.stride(1);
+      normalize(row, data<T>(norm), kept, s.latent, eps);
+      rotate(row + s.latent, nullptr, angles, nullptr, kept + s.latent, s.rope, half, 0.0f);
+    }
+  });
+}
+
 at::Tensor rotary_write_latent(const at::Tensor& q_latent, const at::Tensor& q_rope, const at::Tensor& kv,
                                const at::Tensor& positions, const at::Tensor& cos_sin, const at::Tensor& norm,
                                double eps, const at::Tensor& pages, const at::Tensor& slots) {
   constexpr const char* op = "rotary_write_latent";
   const Shape s = check_latent(op, q_latent, q_rope, kv, positions, cos_sin, norm, pages, slots);
-  const int64_t dim = s.latent + s.rope, half = s.rope / 2, block_size = pages.size(1);
-  at::Tensor q = at::empty({s.tokens, s.heads, dim}, q_latent.options());
+  at::Tensor q = at::empty({s.tokens, s.heads, s.latent + s.rope}, q_latent.options());
   for_dtype(op, q_latent.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const auto rotate = INFER_SELECT(rotate_head<T>);
-    const auto normalize = INFER_SELECT(rms_norm_row<T>);
-    const int64_t *pos = data<int64_t>(positions), *slot = data<int64_t>(slots);
-    at::parallel_for(0, s.tokens, grain_size(s.heads * dim), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const float* angles = data<float>(cos_sin) + pos[t] * cos_sin.stride(0);
-        T* out = mutable_data<T>(q) + t * s.heads * dim;
-        for (int64_t h = 0; h < s.heads; ++h, out += dim) {
-          const T* latent = data<T>(q_latent) + t * q_latent.stride(0) + h * q_latent.stride(1);
-          const T* rope = data<T>(q_rope) + t * q_rope.stride(0) + h * q_rope.stride(1);
-          std::memcpy(out, latent, s.latent * sizeof(T));
-          rotate(rope, nullptr, angles, nullptr, out + s.latent, s.rope, half, 0.0f);
-        }
-        if (slot[t] < 0) continue;
-        const T* row = data<T>(kv) + t * kv.stride(0);
-        T* kept = mutable_data<T>(pages) + slot[t] / block_size * pages.stride(0) + slot[t] % block_size * pages.stride(1);
-        normalize(row, data<T>(norm), kept, s.latent, static_cast<float>(eps));
-        rotate(row + s.latent, nullptr, angles, nullptr, kept + s.latent, s.rope, half, 0.0f);
-      }
-    });
+    write_latents<decltype(type)>(s, q_latent, q_rope, kv, positions, cos_sin, norm, static_cast<float>(eps), pages,
+                                  slots, q);
   });
   return q;
 }
