@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from checkpoints import BOS, EOS, RECIPES, VOCAB_SIZE, make_prompts
+from checkpoints import BOS, CORE, EOS, VOCAB_SIZE, make_prompts
 from world_scripts.jobs import Job, Run, Workload
 
 from infer.request import SamplingParams, StructuredOutputs
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)]  # (tp, pp)
 WORKLOAD_LAYOUTS = [(1, 1), (2, 2)]
-MODELS = [*RECIPES, "smollm2"]
+MODELS = [*CORE, "smollm2"]
 NUM_TOKENS = 24
 NUM_REQUESTS, NUM_ABORTS = 300, 80
 VARIANTS = {  # job -> engine arguments that must not change a token

@@ -74,9 +74,9 @@ def test_families_differ_where_they_should(tmp_path: Path) -> None:
     llama = load(tmp_path, LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True})
     assert (llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.tie_embeddings) == (True, True, True, True)
     qwen2 = load(tmp_path, qwen("Qwen2ForCausalLM"))
-    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, False, 8)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.head_dim) == (True, False, "none", 8)
     qwen3 = load(tmp_path, qwen("Qwen3ForCausalLM"))
-    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, True, 128)
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm, qwen3.head_dim) == (False, False, "head", 128)
 
 
 @pytest.mark.parametrize(
