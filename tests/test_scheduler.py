@@ -301,10 +301,9 @@ def test_another_s_blocks_that_were_not_finite_are_computed_anew():
     simulation.scheduler.add(request("a", range(2, 35), seed=7, max_tokens=1, ignore_eos=True))
     finish(simulation)
     simulation.scheduler.add(request("b", range(2, 35), seed=8, max_tokens=5, ignore_eos=True))
-    while not simulation.scheduler.stats.num_preemptions:
-        assert not simulation.step()
-    (sequence,) = simulation.scheduler.waiting
-    assert sequence.num_cached == 0
+    assert not simulation.step()
+    (sequence,) = simulation.scheduler.running
+    assert sequence.num_cached == sequence.num_computed == 0
     simulation.ranks.failing.clear()
     outputs = finish(simulation)
     assert [output.token_ids[0] for output in outputs] == expected_tokens(request("b", range(2, 35), seed=8), 0, 64)[:5]

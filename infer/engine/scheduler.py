@@ -411,8 +411,9 @@ class Scheduler:
         sequence.avoids_cache, sequence.has_hits = True, False
         if not sequence.num_generated:
             sequence.num_cached = 0
-        if sequence.running:  # else it was preempted meanwhile
-            self._preempt(sequence)
+        if sequence.running:  # else it was preempted meanwhile, and begins anew as it is
+            self._release(sequence)
+            sequence.reset = sequence.announced
 
     def _forget(self, sequence: Sequence) -> None:
         """Nobody finds its blocks any more. By content, not by its block table, which is empty if it was preempted."""
