@@ -18,11 +18,27 @@ def pytest_report_header() -> str:
     return f"families run at tp x pp = {chosen} (INFER_TEST_LAYOUT chooses the last, or all)"
 
 
+class Checkpoints(dict[str, Path]):
+    """The small checkpoints by name, each built when it is first asked for."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = build_checkpoint(name, self.root / name)
+        return self[name]
+
+
 @pytest.fixture(scope="session")
-def checkpoint_dirs(tmp_path_factory) -> dict[str, Path]:
-    """The small checkpoints of CORE by name, built once a session."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    return {name: build_checkpoint(name, root / name) for name in CORE}
+def checkpoint_dirs(tmp_path_factory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def core_dirs(checkpoint_dirs, default_model_dir) -> dict[str, Path]:
+    """The models that run in all layout tests."""
+    return {**{name: checkpoint_dirs[name] for name in CORE}, "smollm2": default_model_dir}
 
 
 @pytest.fixture(scope="session")
@@ -33,18 +49,17 @@ def default_model_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def references(checkpoint_dirs, default_model_dir) -> dict[str, Reference]:
-    """transformers' view of every checkpoint by name; loaded when first asked."""
-    return {name: Reference(path) for name, path in {**checkpoint_dirs, "smollm2": default_model_dir}.items()}
+def references(core_dirs) -> dict[str, Reference]:
+    """transformers' view of the core models by name; loaded when first asked."""
+    return {name: Reference(path) for name, path in core_dirs.items()}
 
 
 @pytest.fixture(scope="session")
-def layout_results(checkpoint_dirs, default_model_dir, tmp_path_factory) -> Callable[[int, int], dict[str, JobResult]]:
+def layout_results(core_dirs, tmp_path_factory) -> Callable[[int, int], dict[str, JobResult]]:
     """(tp, pp) -> the results of `layout_jobs.jobs` in a world of tp x pp ranks, which runs once a session.
 
     One rank is a plain process, several are torchrun's: the script is the same.
     """
-    directories = {**checkpoint_dirs, "smollm2": default_model_dir}
     found: dict[tuple[int, int], dict[str, JobResult] | Exception] = {}
 
     def run(tp: int, pp: int) -> dict[str, JobResult]:
@@ -52,7 +67,7 @@ def layout_results(checkpoint_dirs, default_model_dir, tmp_path_factory) -> Call
             root = tmp_path_factory.mktemp(f"tp{tp}-pp{pp}")
             try:
                 found[tp, pp] = run_jobs(
-                    layout_jobs.jobs(tp, pp, directories), root, ranks=tp * pp, timeout=240, torchrun=tp * pp > 1
+                    layout_jobs.jobs(tp, pp, core_dirs), root, ranks=tp * pp, timeout=240, torchrun=tp * pp > 1
                 )
             except Exception as error:
                 found[tp, pp] = error  # the world is not run again for each test
