@@ -24,7 +24,7 @@ SPLIT_EXPERTS = {
     "olmoe": Recipe(
         "Olmoe",
         {
-            "hidden_size": 56, "num_hidden_layers": 3, "num_attention_heads": 7, "num_key_value_heads": 7,
+            "hidden_size": 56, "num_hidden_layers": 4, "num_attention_heads": 7, "num_key_value_heads": 7,
             "intermediate_size": 30, "num_experts": 6, "num_experts_per_tok": 4, "norm_topk_prob": False,
             "tie_word_embeddings": False,
         },
