@@ -6,7 +6,8 @@ tensors it was given, and its `*_reference` otherwise; the reference is the defi
 result up to float32 rounding.
 
 Legend: T tokens in the batch, S sequences, H hidden size, D head size, num_q and num_kv local heads. All ops are for
-inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference.
+inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference. More of them
+stand in ops_latent.py and ops_moe.py.
 """
 
 import functools
@@ -153,10 +154,11 @@ def paged_attention(
     prefill: "Prefill | None" = None,
     even_groups: bool = False,
 ) -> Tensor:
-    """Causal attention of rows of q over their sequences' cached keys: [T, num_q, D]. Softmax is float32.
+    """Causal attention of rows of q over their sequences' cached keys: [T, num_q, value D]. Softmax is float32.
 
     q            [T, num_q, D]; rows query_start[s] to query_start[s + 1] are the last ones of sequence s
-    k_pages      [num_blocks, block_size, num_kv, D]; v_pages likewise
+    k_pages      [num_blocks, block_size, num_kv, D]
+    v_pages      likewise, with a D of its own; may be a part of k_pages, such as its first dimensions
     block_table  [S, max_blocks] int32: block i of sequence s holds its keys [i * block_size, (i + 1) * block_size)
     query_start  [S + 1] int32, ascending
     seq_lens     [S] int32: keys in the cache for each sequence, this batch's rows included
@@ -170,11 +172,15 @@ def paged_attention(
     A row's result depends on its own sequence alone, to the last bit.
     """
     args = (q, k_pages, v_pages, block_table, query_start, seq_lens, kv_map, scale, window, soft_cap)
-    if native.use_native("paged_attention", q) and (q.is_cpu or native.covers_heads(q)):
+    if native.use_native("paged_attention", q) and (q.is_cpu or _cuda_covers(q, v_pages)):
         if prefill is not None and prefill.covers(q, k_pages, soft_cap):
             return prefill.attend(q, k_pages, v_pages, kv_map, scale, window, even_groups)
         return torch.ops.infer.paged_attention.default(*args)
     return paged_attention_reference(*args)
+
+
+def _cuda_covers(q: Tensor, v_pages: Tensor) -> bool:
+    return native.covers_heads(q.shape[1], q.shape[2], v_pages.shape[3])
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,12 +272,12 @@ def rotary_write_kv_reference(
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     written = slots >= 0
     block, offset = slots[written] // block_size, slots[written] % block_size
-    k_pages[block, offset] = _rotate(k, cos, sin)[written]
+    k_pages[block, offset] = rotate_reference(k, cos, sin)[written]
     v_pages[block, offset] = v[written]
-    return _rotate(q, cos, sin)
+    return rotate_reference(q, cos, sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, D], cos and sin [T, 1, rot_dim / 2] float32: x with its first rot_dim dimensions rotated."""
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
@@ -291,7 +297,7 @@ def paged_attention_reference(
     window: int,
     soft_cap: float,
 ) -> Tensor:
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], v_pages.shape[3])
     block_size, heads = k_pages.shape[1], kv_map.long()
     starts = query_start.tolist()
     for s, num_keys in enumerate(seq_lens.tolist()):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infer import native, ops, ops_moe
+from infer import native, ops, ops_latent, ops_moe
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -106,6 +106,35 @@ class PackedStack(Stack):
         return ops_moe.packed_grouped_linear(x, rows, starts, self.packed, self.outputs)
 
 
+class HeadMatrix(ABC):
+    """A weight [H, N, K], one matrix for each head, in some form."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, H, K] -> x times the weight transposed, head by head: [T, H, N], contiguous."""
+
+
+class PlainHeads(HeadMatrix):
+    """The weight as it was loaded, or a view of it."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return ops_latent.head_linear(x, self.weight)
+
+
+class PackedHeads(HeadMatrix):
+    """Each head's weight as Packed has it, for our own CPU kernel (ops_latent.packed_head_linear)."""
+
+    def __init__(self, weight: Tensor):
+        self.outputs = weight.shape[1]
+        self.packed = ops_latent.pack_head_linear(weight)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return ops_latent.packed_head_linear(x, self.packed, self.outputs)
+
+
 def choose(weight: Tensor, needs_rows: bool) -> Matrix:
     """The fastest form of a weight on this machine. needs_rows: it is an embedding as well."""
     if not _packs(weight):
@@ -118,6 +147,11 @@ def choose(weight: Tensor, needs_rows: bool) -> Matrix:
 def choose_stack(weight: Tensor) -> Stack:
     """The fastest form of several experts' weights [E, N, K] on this machine. The weight itself may be overwritten."""
     return PackedStack(weight) if _packs(weight) else PlainStack(weight)
+
+
+def choose_heads(weight: Tensor) -> HeadMatrix:
+    """The fastest form of a weight [H, N, K], one matrix for each head, on this machine."""
+    return PackedHeads(weight) if _packs(weight) else PlainHeads(weight)
 
 
 def _packs(weight: Tensor) -> bool:

@@ -25,6 +25,19 @@ PARAMETERS = {
     "qwen3-235b-a22b": 235_093_634_560,
 }
 LARGE = ("deepseek-v3", "llama-3.1-405b", "mixtral-8x22b", "qwen3-235b-a22b")
+
+
+def norms(c):
+    return (2 * c.num_layers + 1) * c.hidden_size
+
+
+# Elements that every rank of a stage has, beside routers. Norms of q and k are among them.
+ON_EVERY_RANK = {
+    "llama-3.1-405b": norms,
+    "mixtral-8x22b": norms,
+    "qwen3-235b-a22b": lambda c: norms(c) + c.num_layers * 2 * 128,
+    "deepseek-v3": lambda c: norms(c) + c.num_layers * (1536 * 7168 + 1536 + (512 + 64) * 7168 + 512),
+}
 SMALLER = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "eos_token_id": 3,
@@ -50,16 +63,25 @@ def test_configs_have_the_published_numbers_of_parameters(name):
     assert c.dtype == "bfloat16" and c.eos_token_ids
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("name", LARGE)
-def test_two_nodes_of_eight_hold_the_published_size(name):
+def test_two_nodes_of_eight_hold_the_published_size(name, expert_parallel):
     """The bytes of the ranks, less the copies that several of them hold, are the model's: none is missing or twice."""
-    layout = plan_layout(read(name), Topology(8, 2))
+    c = read(name)
+    if c.moe is None and expert_parallel:
+        pytest.skip("a dense model")
+    layout = plan_layout(c, Topology(8, 2), expert_parallel=expert_parallel)
     assert layout.num_parameters == PARAMETERS[name]
-    held = sum(rank.parameter_bytes for rank in layout.ranks)
-    copies = held - 2 * PARAMETERS[name]
-    assert 0 < copies < 0.02 * held
-    assert max(rank.parameter_bytes for rank in layout.ranks) < 1.2 * held / 16
+    copies = 2 * 7 * ON_EVERY_RANK[name](c)
+    if c.moe is not None:  # routers are float32 on every rank
+        routers = sum(c.moe.sparse) * c.moe.num_experts * (c.hidden_size + c.moe.correction_bias)
+        copies += (4 * 8 - 2) * routers
+    if name == "qwen3-235b-a22b":  # each of its 4 KV heads is on two ranks
+        copies += 2 * c.num_layers * 2 * 4 * 128 * c.hidden_size
+    assert sum(rank.parameter_bytes for rank in layout.ranks) == 2 * PARAMETERS[name] + copies
     assert [rank.rank for rank in layout.ranks] == list(range(16))
+    for stage in (layout.ranks[:8], layout.ranks[8:]):  # nothing here is too odd to divide evenly
+        assert len({(rank.parameter_bytes, rank.kv_bytes_per_token, rank.num_experts) for rank in stage}) == 1
 
 
 def test_a_config_alone_can_be_measured(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +54,24 @@ def test_the_table_lists_every_family_and_fits_a_terminal() -> None:
         assert all(checkpoint in text for checkpoint in family.checkpoints)
 
 
-def test_the_page_of_models_is_what_the_command_prints() -> None:
-    """Made by `python -m infer.models --markdown`, between two lines of text of its own."""
-    assert _run(["--markdown"]) in (ROOT / "docs" / "models.md").read_text()
+def test_the_page_of_models_has_the_table_that_the_command_prints() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    assert _run(["--markdown"]) in text, "replace its table by what `python -m infer.models --markdown` prints"
+
+
+def test_the_page_on_adding_a_model_shows_a_real_diff() -> None:
+    """Of files that are so, and short, as the page promises."""
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / "add-a-model.md").read_text(), re.DOTALL)
+    assert diff is not None
+    added = 0
+    for part in re.split(r"^--- .*\n\+\+\+ ", diff[1], flags=re.MULTILINE)[1:]:
+        file, _, body = part.partition("\n")
+        for hunk in re.split(r"^@@.*\n", body, flags=re.MULTILINE)[1:]:
+            lines = hunk.splitlines()
+            assert all(line[:1] in ("+", " ") for line in lines), "nothing of what was there is touched"
+            assert "\n".join(line[1:] for line in lines) in (ROOT / file).read_text(), f"{file} has other lines"
+            added += sum(line.startswith("+") for line in lines)
+    assert 20 < added < 40
 
 
 def test_the_command_as_people_run_it() -> None:

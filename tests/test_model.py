@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from infer.cache import pages
 from infer.config import EngineConfig
 from infer.layers.attention import ForwardContext
 from infer.models.config import ModelConfig, load_model_config
@@ -171,8 +172,10 @@ def run_rank(
     tables = [torch.randperm(24, generator=torch.Generator().manual_seed(3)).view(2, 12).int()[s] for s in range(2)]
     for stage in stages:
         fill(stage)
-        shape = (24, BLOCK_SIZE, stage.kv_heads, c.head_dim)
-        caches.append([[torch.full(shape, 9.0) for _ in range(stage.num_layers)] for _ in "kv"])
+        memory = pages.allocate(24, BLOCK_SIZE, stage.kv_layout, stage.num_layers, torch.float32, CPU)
+        for page in (*memory.k, *memory.v):
+            page.fill_(9.0)
+        caches.append((memory.k, memory.v))
     done, logits = [0, 0], [[], []]
     for chunk in [(5, 0), (9, 6), (1, 11), (20, 1), *[(1, 1)] * 5, (1, 0)]:
         spans = [range(a, a + n) for a, n in zip(done, chunk, strict=True)]
@@ -259,7 +262,7 @@ def test_the_planner_reads_the_declaration(saved: Saved) -> None:
         held = [sum(p.numel() * p.element_size() for p in stage.parameters()) for stage in stages]
         assert held == planned[index]
     # 9 heads, 3 KV heads over 2 ranks: KV heads 0, 1 and 1, 2.
-    assert [stage.kv_heads for stage in (real[0][0], real[1][0])] == [2, 2]
+    assert [stage.kv_layout.heads for stage in (real[0][0], real[1][0])] == [2, 2]
     first = real[0][0]
     assert first.kv_bytes_per_token == 2 * first.num_layers * 2 * c.head_dim * 4
     assert first.vocab_starts == [0, 505, 1009]

@@ -76,7 +76,7 @@ class Model:
             layers=sum(config.active_parameters),
             head=config.vocab_size * config.hidden_size,
             item_bytes=item_bytes,
-            kv_bytes=2 * config.num_kv_heads * config.head_dim * item_bytes,
+            kv_bytes=config.kv_layout(config.num_kv_heads).numel * item_bytes,
             windows=Counter(config.window),
         )
 

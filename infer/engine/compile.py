@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from infer import ops, ops_moe
 from infer.engine.tape import Forward
 from infer.layers.attention import Attention, ForwardContext
+from infer.layers.mla import LatentAttention
 from infer.models.decoder import DecoderLayer, Stage
 from infer.parallel.groups import Group
 
@@ -31,11 +32,11 @@ logger = logging.getLogger(__name__)
 class _Running:
     """What the opaque ops need besides tensors and numbers, which is all that an op of a graph can be given.
 
-    attentions: each layer's, without its projections. context: of the batch that runs.
+    attentions: each layer's. context: of the batch that runs.
     """
 
     tp: Group | None = None
-    attentions: list[nn.Module] = field(default_factory=list)
+    attentions: list[Attention | LatentAttention] = field(default_factory=list)
     context: ForwardContext | None = None
 
 
@@ -51,7 +52,7 @@ def compile_stage(stage: Stage, tp: Group) -> Forward:
     _teach_dynamo()
     _running.tp = tp
     layers = [cast(DecoderLayer, layer) for layer in stage.layers]
-    _running.attentions = [_with(layer.attention, qkv=nn.Identity(), o=nn.Identity()) for layer in layers]
+    _running.attentions = [layer.attention for layer in layers]
     twins = (_with(layer, attention=_TracedAttention(layer.attention)) for layer in layers)
     traced = _with(stage, layers=nn.ModuleList(twins))
     inductor = torch._dynamo.lookup_backend("inductor")
@@ -93,13 +94,14 @@ def _with(module: nn.Module, **children: nn.Module) -> Any:
 class _TracedAttention(nn.Module):
     """An attention layer as Dynamo sees it."""
 
-    def __init__(self, attention: Attention):
+    def __init__(self, attention: Attention | LatentAttention):
         super().__init__()
-        self.qkv, self.o, self.local, self.q_width = attention.qkv, attention.o, attention.local, attention.q_width
+        self.attention = attention
 
     def forward(self, x: Tensor, context: None) -> Tensor:
-        attended = torch.ops.infer_opaque.attend(self.qkv(x), self.local, self.q_width)
-        result: Tensor = self.o(attended)
+        own = self.attention
+        attended = torch.ops.infer_opaque.attend(own.project(x), own.local, own.q_width)
+        result: Tensor = own.o(attended)
         return result
 
 
@@ -118,14 +120,14 @@ def _teach_dynamo() -> None:
     substitute(ops_moe.grouped_linear)(_traced_grouped_linear)
 
 
-def _attend(qkv: Tensor, local: int, width: int) -> Tensor:
+def _attend(projected: list[Tensor], local: int, width: int) -> Tensor:
     """Attention of the stage's `local`-th layer, between its projections: [T, width]. It writes the cache, too."""
-    attended: Tensor = _running.attentions[local](qkv, _running.context)
-    return attended
+    assert _running.context is not None
+    return _running.attentions[local].attend(projected, _running.context)
 
 
-def _attend_fake(qkv: Tensor, local: int, width: int) -> Tensor:
-    return qkv.new_empty((qkv.shape[0], width))
+def _attend_fake(projected: list[Tensor], local: int, width: int) -> Tensor:
+    return projected[0].new_empty((projected[0].shape[0], width))
 
 
 def _sum_over_ranks(x: Tensor) -> None:

@@ -74,14 +74,15 @@ def is_decode_only(batch: Batch) -> bool:
 
 def why_off(config: EngineConfig, stage: Stage, tp_size: int, local_world_size: int) -> str:
     """What stands against graphs, for the log; empty where they can be used."""
-    attention = cast(DecoderLayer, stage.layers[0]).attention
-    weight = attention.qkv.weight
-    device, dtype, head_dim = weight.device, weight.dtype, stage.config.head_dim
+    attention, weight = cast(DecoderLayer, stage.layers[0]).attention, next(stage.parameters())
+    device, dtype = weight.device, weight.dtype
     if device.type != "cuda":
         return f"this is a {device.type}"
     if config.enforce_eager:
         return "--enforce-eager"
-    if not native.decode_runs_on_device(attention.num_q, head_dim, dtype, device):
+    if stage.config.mla is not None:
+        return "multi-head latent attention has no CUDA kernel, and its PyTorch form reads lengths back"
+    if not native.decode_runs_on_device(attention.num_q, stage.kv_layout, dtype, device):
         return "some op has no CUDA kernel here, and its PyTorch reference reads lengths back"
     if any(isinstance(module, MoE) and not module.runs_on_device() for module in stage.modules()):
         return "the experts' products read back how many rows each has, which only bfloat16 on newer GPUs need not do"

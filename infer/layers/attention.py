@@ -25,7 +25,8 @@ class ForwardContext:
     block_table  [S, max_blocks] int32: the blocks of each sequence, in order
     query_start  [S + 1] int32: tokens [query_start[s], query_start[s + 1]) are the last ones of sequence s
     seq_lens     [S] int32: keys of each sequence, this batch's included
-    k_pages      one [num_blocks, block_size, kv_heads, head_dim] for each layer of this stage; v_pages likewise
+    k_pages      one [num_blocks, block_size, heads, key_dim] for each layer of this stage (cache/layout.py)
+    v_pages      likewise with value_dim
 
     On a GPU, what the host knows of a batch that is not decode-only; a number that it does not tell is read from the
     device, once, which waits for it:
@@ -89,16 +90,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes this batch's keys and values into the cache."""
+        return self.o(self.attend(self.project(x), ctx))
+
+    def project(self, x: Tensor) -> list[Tensor]:
+        """x [T, hidden] -> this rank's q, k and v, side by side [T, (num_q + 2 * num_kv) * head_dim]."""
+        return [self.qkv(x)]
+
+    def attend(self, projected: list[Tensor], ctx: ForwardContext) -> Tensor:
+        """What `project` gave -> the heads' outputs [T, q_width]."""
         k_pages, v_pages = ctx.k_pages[self.local], ctx.v_pages[self.local]
         q = ops.rotary_write_kv(
-            self.norm_qk(self.qkv(x)), ctx.positions, self.rotary.cos_sin, self.q_norm_weight, self.k_norm_weight,
+            self.norm_qk(projected[0]), ctx.positions, self.rotary.cos_sin, self.q_norm_weight, self.k_norm_weight,
             self.eps, k_pages, v_pages, ctx.slots, self.num_q, self.num_kv,
         )  # fmt: skip
         out = ops.paged_attention(
             q, k_pages, v_pages, ctx.block_table, ctx.query_start, ctx.seq_lens, self.kv_map, self.scale, self.window,
             soft_cap=self.soft_cap, prefill=ctx.prefill, even_groups=self.even_groups,
         )  # fmt: skip
-        return self.o(out.view(-1, self.q_width))
+        return out.view(-1, self.q_width)
 
 
 class WideNorm(nn.Module):

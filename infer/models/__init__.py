@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.models.config import ModelConfig, RopeConfig, load_model_config
+from infer.models.deepseek import read_deepseek_v2, read_deepseek_v3
 from infer.models.fields import Fields
 from infer.models.gemma import read_gemma, read_gemma2, read_gemma3, read_gemma3_text_part
 from infer.models.glm import read_glm, read_glm4
@@ -53,6 +54,20 @@ class Family:
 
 # In alphabetical order, those of a family together.
 FAMILIES: dict[str, Family] = {
+    "DeepseekV2ForCausalLM": Family(
+        read_deepseek_v2,
+        "DeepSeek-V2, V2-Lite, V2.5; DeepSeek-Coder-V2",
+        ("deepseek-ai/DeepSeek-V2-Lite-Chat", "deepseek-ai/DeepSeek-V2.5"),
+        "RMSNorm; multi-head latent attention; rotary; 64 or 160 experts, 6 a token, and shared experts",
+        experts=True,
+    ),
+    "DeepseekV3ForCausalLM": Family(
+        read_deepseek_v3,
+        "DeepSeek-V3, V3.1, R1 (converted to bfloat16)",
+        ("deepseek-ai/DeepSeek-V3", "deepseek-ai/DeepSeek-R1"),
+        "RMSNorm; multi-head latent attention; rotary; 256 experts, 8 a token, and a shared expert",
+        experts=True,
+    ),
     "GPT2LMHeadModel": Family(
         read_gpt2,
         "GPT-2",

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from infer.cache.layout import KvLayout
 from infer.models.fields import Fields, read_json
+from infer.models.mla_config import MlaConfig
 from infer.models.moe_config import MoeConfig
 from infer.models.names import Names
 from infer.models.recognize import refuse_quantized
@@ -55,6 +57,7 @@ class ModelConfig:
     residual        where norms stand: "pre" (before each block), "post" (after it, before the addition), "sandwich" (both),
                     or "parallel": both blocks read the same residual, each through a norm of its own
     qk_norm         norms of q and k before the rotation: of each "head", or of "all" heads together
+    mla             attention over latents, num_kv_heads being 1 and head_dim a query's; None: over keys and values
     gated_mlp       act(gate) * up, or else act(up)
     moe             experts in the place of the feed-forward, in some layers or in all; None: there are none
     *_scale         factors on the embeddings, on every block's output before it is added, and on the logits;
@@ -84,6 +87,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    mla: MlaConfig | None = None
     norm: NormKind = "rms"
     residual: Residual = "pre"
     qk_norm: QkNorm = "none"
@@ -106,10 +110,16 @@ class ModelConfig:
         return self.local_rope if self.window[layer] and self.local_rope is not None else self.rope
 
     @property
+    def attention_parameters(self) -> int:
+        """Matrix elements of one layer's attention."""
+        if self.mla is not None:
+            return self.mla.layer_parameters(self.hidden_size, self.num_heads)
+        return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+
+    @property
     def layer_parameters(self) -> int:
         """Matrix elements of one layer with the dense feed-forward: what computing it costs, per token."""
-        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return self.hidden_size * (attention + self._mlp_columns)
+        return self.attention_parameters + self.hidden_size * self._mlp_columns
 
     @property
     def active_parameters(self) -> tuple[int, ...]:
@@ -124,6 +134,12 @@ class ModelConfig:
     def _mlp_columns(self) -> int:
         """Of all matrices of the dense feed-forward."""
         return (3 if self.gated_mlp else 2) * self.intermediate_size
+
+    def kv_layout(self, kv_heads: int) -> KvLayout:
+        """What a layer keeps of a token on a rank with so many KV heads; of latent attention, every rank keeps all."""
+        if self.mla is not None:
+            return KvLayout(1, self.mla.latent_dim, self.mla.kv_lora_rank, values_in_keys=True)
+        return KvLayout(kv_heads, self.head_dim, self.head_dim)
 
 
 def decoder_config(

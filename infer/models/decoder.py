@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from infer.layers.attention import ForwardContext, make_attention
+from infer.layers.attention import Attention, ForwardContext, make_attention
 from infer.layers.declare import Layer, Placement, declared
 from infer.layers.ffn import make_ffn
+from infer.layers.mla import LatentAttention
 from infer.layers.norm import NoNorm, Norm, make_norm
 from infer.layers.rotary import Rotary
 from infer.layers.scale import EmbedScale, Scale, SoftCap
@@ -31,7 +32,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         prefix, names = c.names.layer.format(layer=layer), c.names
         self.attention_norm = _norm_before(c, f"{prefix}.{names.attention_norm}", place)
-        self.attention = make_attention(prefix, c, layer, local, rotary, place)
+        self.attention = _attention(prefix, c, layer, local, rotary, place)
         self.attention_out = _after_block(c, f"{prefix}.{names.attention_out_norm}", place)
         self.ffn_norm = _norm_before(c, f"{prefix}.{names.ffn_norm}", place)
         self.ffn = make_ffn(prefix, c, layer, place)
@@ -56,6 +57,15 @@ class ParallelLayer(DecoderLayer):
         return attended + self.ffn_out(self.ffn(self.ffn_norm(residual))), residual
 
 
+def _attention(
+    prefix: str, c: ModelConfig, layer: int, local: int, rotary: Rotary, place: Placement
+) -> Attention | LatentAttention:
+    """As make_attention has it, of any kind."""
+    if c.mla is not None:
+        return LatentAttention(prefix, c, local, rotary, place)
+    return make_attention(prefix, c, layer, local, rotary, place)
+
+
 def _norm_before(c: ModelConfig, source: str, place: Placement) -> Norm:
     if c.residual == "post":
         return NoNorm()
@@ -75,7 +85,7 @@ def _after_block(c: ModelConfig, source: str, place: Placement) -> nn.Module:
 class Stage(nn.Module):
     """Layers `layers` of the model, and this rank's part of each. Nothing else is built.
 
-    kv_heads            KV heads this rank holds
+    kv_layout           what this rank keeps of a token in each layer's KV cache
     kv_bytes_per_token  bytes of KV cache per token, on this rank and stage
     vocab_starts        [tp size + 1]: rank i holds the vocabulary rows [vocab_starts[i], vocab_starts[i + 1])
     vocab_range         (start, stop) of this rank
@@ -114,8 +124,8 @@ class Stage(nn.Module):
         held = split(c.vocab_size, tp.size)
         self.vocab_starts = [interval.start for interval in held] + [c.vocab_size]
         self.vocab_range = (held[tp.index].start, held[tp.index].stop)
-        self.kv_heads = len(split_heads(c.num_heads, c.num_kv_heads, tp.size)[tp.index].kv)
-        self.kv_bytes_per_token = 2 * len(layers) * self.kv_heads * c.head_dim * dtype.itemsize
+        self.kv_layout = c.kv_layout(len(split_heads(c.num_heads, c.num_kv_heads, tp.size)[tp.index].kv))
+        self.kv_bytes_per_token = len(layers) * self.kv_layout.numel * dtype.itemsize
         self.parameter_bytes = sum(spec.local_numel * held.itemsize for held, spec in declared(self))
 
     def pack(self) -> None:

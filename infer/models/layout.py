@@ -1,7 +1,7 @@
 """What each rank of a layout would hold, found by building its stage on the meta device: nothing is allocated or read."""
 
-import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +22,7 @@ Box = tuple[range, ...]
 class RankShare:
     """What one rank holds: layers of the model, heads of each layer, bytes.
 
+    num_kv_heads: 0 where a latent is kept instead, on every rank.
     num_experts: routed experts of each sparse layer that it holds at least a part of; 0: there are none.
     """
 
@@ -58,7 +59,6 @@ def plan_layout(
     """
     check_tensor_parallel(c, topology.tp_size, expert_parallel)
     stages = balanced_layers(c, topology.pp_size, partition)
-    c = dataclasses.replace(c, max_position=1)  # only the rotary table depends on it, which is no parameter
     boxes: dict[str, set[Box]] = {}
     shares = []
     for rank in range(topology.world_size):
@@ -74,20 +74,21 @@ def plan_layout(
         heads = split_heads(c.num_heads, c.num_kv_heads, topology.tp_size)[tp]
         shares.append(
             RankShare(
-                rank,
-                pp,
-                tp,
-                stages[pp],
-                is_first,
-                is_last,
-                len(heads.query),
-                len(heads.kv),
-                _experts_held(c, topology.tp_size, tp, expert_parallel),
-                stage.parameter_bytes,
-                stage.kv_bytes_per_token,
-            )  # fmt: skip
+                rank=rank,
+                pp=pp,
+                tp=tp,
+                layers=stages[pp],
+                is_first=is_first,
+                is_last=is_last,
+                num_heads=len(heads.query),
+                num_kv_heads=0 if c.mla is not None else len(heads.kv),
+                num_experts=_experts_held(c, topology.tp_size, tp, expert_parallel),
+                parameter_bytes=stage.parameter_bytes,
+                kv_bytes_per_token=stage.kv_bytes_per_token,
+            )
         )
-    return Layout(tuple(shares), sum(volume(list(parts)) for parts in boxes.values()))
+    alike = Counter(map(frozenset, boxes.values()))  # thousands of experts are split in the same way
+    return Layout(tuple(shares), sum(volume(list(parts)) * count for parts, count in alike.items()))
 
 
 def _experts_held(c: ModelConfig, tp_size: int, tp: int, expert_parallel: bool) -> int:

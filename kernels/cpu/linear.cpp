@@ -48,7 +48,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const st
                       " inputs together, must have ", sizeof(float) / sizeof(T));
     const int64_t chunk_rows = linear_chunk_rows(rows, columns);
     const LinearTask<T> task{wide, rows, stride, chunk_rows, data<T>(packed), packed.stride(0), packs,
-                             bias ? data<T>(*bias) : nullptr, mutable_data<T>(out), outputs};
+                             bias ? data<T>(*bias) : nullptr, mutable_data<T>(out), outputs, outputs};
     const auto run = INFER_SELECT(linear_blocks<T>);
     at::parallel_for(0, blocks, grain_size(rows * columns * linear_lanes / 8), [&](int64_t begin, int64_t end) {
       static thread_local std::vector<float> memory;  // kept

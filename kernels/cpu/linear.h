@@ -21,8 +21,8 @@ struct LinearTask {
   const T* packed;
   int64_t block_stride, packs;  // elements of a block; packs of inputs in a block
   const T* bias;                // [outputs] or null
-  T* out;                       // [rows, outputs]
-  int64_t outputs;
+  T* out;                       // [rows, outputs] by out_stride
+  int64_t outputs, out_stride;
 };
 
 // LinearTask::chunk_rows for that many rows of inputs.

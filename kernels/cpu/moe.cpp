@@ -91,7 +91,7 @@ void expert_blocks(const Groups<T>& g, int64_t e, int64_t first, int64_t last) {
     int64_t stride = 0;
     const float* x = gather(g, row, count, room, &stride);
     const LinearTask<T> task{x, count, stride, chunk_rows, g.packed + e * g.expert_stride, g.block_stride, g.packs,
-                             nullptr, g.out + row * g.outputs, g.outputs};
+                             nullptr, g.out + row * g.outputs, g.outputs, g.outputs};
     INFER_SELECT(linear_blocks<T>)(task, first, last, sums.data());
   }
 }

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from test_ops import EPS, MIXED, attention_case, int32, rotary_case
+from test_ops_latent import latent_case
 from torch import Tensor
 
-from infer import native, ops, ops_cuda
+from infer import native, ops, ops_cuda, ops_latent
+from infer.cache.layout import KvLayout
 from infer.layers.attention import ForwardContext
 
 pytestmark = [
@@ -39,8 +41,9 @@ def to_gpu(x: Tensor) -> Tensor:
 def test_the_kernels_run_on_this_gpu():
     assert native.is_loaded(), "the native kernels are not built"
     assert native.cuda_runs(0), "the log says why"
-    assert native.decode_runs_on_device(32, 128, torch.bfloat16, torch.device("cuda"))
-    assert not native.decode_runs_on_device(32, 100, torch.bfloat16, torch.device("cuda"))
+    assert native.decode_runs_on_device(32, KvLayout(8, 128, 128), torch.bfloat16, torch.device("cuda"))
+    assert not native.decode_runs_on_device(32, KvLayout(8, 100, 100), torch.bfloat16, torch.device("cuda"))
+    assert not native.decode_runs_on_device(32, KvLayout(8, 128, 64), torch.bfloat16, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------------------------------- norms and activations
@@ -331,3 +334,27 @@ def test_wrong_arguments_are_told(change, message):
     case = on_gpu({**attention_case([(1, 5)], [0]), **change})
     with pytest.raises(ValueError, match=message):
         ops.paged_attention(**case)
+
+
+# ------------------------------------------------------------------------------------------------ latent attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latent_attention_equals_the_reference(dtype):
+    """It has no kernel here: PyTorch's matrix products over gathered latents."""
+    case = attention_case(MIXED, [0] * 16, dim=576, dtype=dtype)
+    there = on_gpu(case)
+    names = ("block_table", "query_start", "seq_lens", "kv_map", "scale")
+    actual = ops_latent.attend_latents(
+        there["q"], there["k_pages"], there["k_pages"][..., :512], *(there[name] for name in names)
+    )
+    close(actual, ops.paged_attention_reference(**{**case, "v_pages": case["k_pages"][..., :512]}), factor=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_write_latent_equals_the_reference(dtype):
+    case = latent_case(33, 5, 512, 64, dtype)
+    case["slots"][::3] = -1
+    there = on_gpu(case)
+    close(ops_latent.rotary_write_latent(**there), ops_latent.rotary_write_latent_reference(**case))
+    close(there["pages"], case["pages"])
