@@ -117,7 +117,9 @@ class Reference:
         import torch
         import transformers
 
-        return transformers.AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32).eval()
+        # Its other ways to multiply by experts want sizes that are multiples of four.
+        options = {"dtype": torch.float32, "experts_implementation": "eager"}
+        return transformers.AutoModelForCausalLM.from_pretrained(self._path, **options).eval()
 
     def greedy(self, prompt: list[int], num_tokens: int) -> Sequence:
         """The most likely continuation of num_tokens tokens."""

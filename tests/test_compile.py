@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from checkpoints import VOCAB_SIZE, build_checkpoint, make_prompts
+from checkpoints import VOCAB_SIZE, make_prompts
 from world_scripts.jobs import Job, Run
 from worlds import run_jobs
 
@@ -21,15 +21,18 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprob
         (1, 1, "qwen3"),
         (2, 1, "mistral"),
         (1, 2, "llama31"),
+        (1, 1, "gpt2"),
+        (1, 2, "gemma2"),
+        (2, 1, "olmo2"),
+        (1, 1, "gpt-neox"),
         (2, 1, "qwen2_moe"),
         (2, 1, "deepseek_v3"),
     ],
 )
 def test_compiled_stages_give_the_same_tokens(tp, pp, model, checkpoint_dirs, tmp_path):
     """In a batch of all prompts, some in chunks, and alone: one row, and one sequence, are shapes of their own."""
-    path = checkpoint_dirs.get(model) or build_checkpoint(model, tmp_path / model)
     llm = {
-        "model": str(path), "dtype": "float32", "tensor_parallel_size": tp,
+        "model": str(checkpoint_dirs[model]), "dtype": "float32", "tensor_parallel_size": tp,
         "pipeline_parallel_size": pp, "max_model_len": 128, "max_num_batched_tokens": 32,
         "num_gpu_blocks_override": 64, "num_threads": 1, "disable_log_stats": True,
     }  # fmt: skip

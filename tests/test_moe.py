@@ -302,7 +302,7 @@ def test_sparse_layers_are_those_that_config_json_says(saved: Saved) -> None:
     expected = {
         "Glm4MoeForCausalLM": (False, True, True, True),
         "MixtralForCausalLM": (True,) * 4,
-        "OlmoeForCausalLM": (True,) * 3,
+        "OlmoeForCausalLM": (True,) * 4,
         "Qwen2MoeForCausalLM": (False, False, False, True, False),  # every second one, the second aside
         "Qwen3MoeForCausalLM": (False, True, True, True),
     }
