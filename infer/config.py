@@ -80,6 +80,7 @@ class EngineConfig:
     tokenizer: str | None = _flag(None, "directory or Hub id of the tokenizer (default: the model's)")
     revision: str | None = _flag(None, "branch, tag or commit of the Hub repository")
     download_dir: str | None = _flag(None, "where Hub downloads are kept (default: the Hub's cache)")
+    trust_remote_code: bool = _flag(False, "refused: code from a checkpoint is never run, and no model here needs any")
     load_format: str = _flag("auto", "dummy: random weights from config.json alone", choices=LOAD_FORMATS)
     hf_overrides: dict[str, Any] | None = _flag(None, "JSON object laid over config.json", parse=_overrides)
     dtype: str = _flag("auto", "of weights and activations; auto: the checkpoint's", choices=DTYPES)
@@ -91,6 +92,9 @@ class EngineConfig:
 
     tensor_parallel_size: int | None = _flag(
         None, "ranks a layer is split over (default: world / pp)", "-tp", parse=int
+    )
+    enable_expert_parallel: bool = _flag(
+        False, "the ranks of a layer share out whole experts, instead of splitting each (mixture of experts)"
     )
     pipeline_parallel_size: int = _flag(1, "stages the layers are split over", "-pp")
     pipeline_layer_partition: tuple[int, ...] | None = _flag(
@@ -143,10 +147,15 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization must be over 0 and at most 1, not {share!r}")
         for name in (
             "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats", "disable_custom_all_reduce",
-            "enforce_eager", "compile",
+            "enforce_eager", "compile", "trust_remote_code", "enable_expert_parallel",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.trust_remote_code:
+            raise ValueError(
+                "trust_remote_code must be false: code from a checkpoint is never run, since it could do anything on "
+                "every host that serves the model; no model of `python -m infer.models` needs it, so leave it out"
+            )
         if self.pipeline_layer_partition is not None:
             self._check_partition(self.pipeline_layer_partition)
 
@@ -228,6 +237,9 @@ class ServerConfig:
     restart_deadline: float = _flag(
         120.0, "under torchrun: seconds without an engine, or a sign of one that starts, until the server gives up"
     )
+    shutdown_timeout: float = _flag(
+        25.0, "seconds that requests under way have to finish once the server is told to end (torchrun kills after 30)"
+    )
     enable_log_requests: bool = _flag(False, "log a line a request: id, route, tokens, parameters; never its text")
     enable_request_id_headers: bool = _flag(False, "every reply has an X-Request-Id header, the client's own or a new")
     metrics_prefix: str = _flag("infer:", "what names of metrics begin with; vllm: suits dashboards made for vLLM")
@@ -243,6 +255,8 @@ class ServerConfig:
             raise ValueError(f"request_timeout must be a positive number of seconds, not {self.request_timeout:g}")
         if not 0 < self.restart_deadline < math.inf:
             raise ValueError(f"restart_deadline must be a positive number of seconds, not {self.restart_deadline:g}")
+        if not 0 <= self.shutdown_timeout < math.inf:
+            raise ValueError(f"shutdown_timeout must be a number of seconds, not {self.shutdown_timeout:g}")
         for name, choices in (("tool_call_parser", TOOL_CALL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in (None, *choices):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

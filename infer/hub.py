@@ -25,11 +25,16 @@ TOKENIZER_PATTERNS = (
     "vocab.txt",
     "merges.txt",
 )
-CONFIG_PATTERNS = ("config.json", "generation_config.json")
+CONFIG_PATTERNS = (
+    "config.json", "generation_config.json",
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json",  # that it is quantized, and so refused
+)  # fmt: skip
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 # Patterns match across folders. What lies in one is another copy of the model (original/, onnx/), and so are the
 # consolidated files some repositories hold beside the sharded ones.
 IGNORED_PATTERNS = ("*/*", "consolidated*")
+
+_NO_GGUF = "GGUF checkpoints are not supported; give the directory or Hub id of the original in safetensors"
 
 
 def resolve_model(
@@ -50,7 +55,7 @@ def resolve_model(
         if weights and not any(path.glob("*.safetensors")):
             raise ValueError(f"model {model!r}: the Hub repository {_why_no_safetensors(model, revision)}")
     if not (path / "config.json").is_file():
-        raise ValueError(f"model {model!r}: {path} has no config.json; a Hugging Face model directory is needed")
+        raise ValueError(f"model {model!r}: {_why_no_config(model, revision, path)}")
     return path
 
 
@@ -86,6 +91,8 @@ def _local_directory(what: str, name: str, revision: str | None) -> Path | None:
             raise ValueError(f"{what} {name!r} is a local directory: revision {revision!r} is for the Hub only")
         return path
     if path.exists():
+        if path.suffix == ".gguf":
+            raise ValueError(f"{what} {name!r} is a GGUF file: {_NO_GGUF}")
         raise ValueError(f"{what} {name!r} is a file; give the directory that holds it")
     if name[0] in "./~" or name.endswith("/") or name.count("/") > 1:
         raise ValueError(f"{what} {name!r}: there is no such directory (nor is it a Hub id, which reads owner/name)")
@@ -157,17 +164,35 @@ def _explain(error: Exception) -> str:
 
 def _why_no_safetensors(repo: str, revision: str | None) -> str:
     """The rest of a sentence on a repository without safetensors, naming other weights it holds."""
+    files, problem = _listed_files(repo, revision)
+    others = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf"))]
+    if not others:
+        return f"has no *.safetensors files at its top level{problem}"
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return f"has no *.safetensors files, only {others[0]}{more}; give a repository or --revision that has safetensors"
+
+
+def _why_no_config(model: str, revision: str | None, path: Path) -> str:
+    """A sentence on a model without config.json, naming the GGUF file it has instead."""
+    if existing_directory(model) is not None:
+        where, files, problem = str(path), sorted(file.name for file in path.iterdir()), ""
+    else:
+        where, (files, problem) = "the Hub repository", _listed_files(model, revision)
+    gguf = next((file for file in files if file.endswith(".gguf")), None)
+    if gguf is not None:
+        return f"{where} has no config.json, but {gguf}: {_NO_GGUF}"
+    return f"{where} has no config.json{problem}; a Hugging Face model directory is needed"
+
+
+def _listed_files(repo: str, revision: str | None) -> tuple[list[str], str]:
+    """A repository's files, and where they cannot be listed, why: they are asked for only to say more in an error."""
     import huggingface_hub
 
     try:
         files = huggingface_hub.list_repo_files(repo, revision=revision, token=os.environ.get("HF_TOKEN") or None)
-    except Exception as error:  # asked only to say more; the answer stands without it
-        return f"has no *.safetensors files at its top level (nor can its files be listed: {_first_line(error)})"
-    others = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf"))]
-    if not others:
-        return "has no *.safetensors files at its top level"
-    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    return f"has no *.safetensors files, only {others[0]}{more}; give a repository or --revision that has safetensors"
+    except Exception as error:
+        return [], f" (nor can its files be listed: {_first_line(error)})"
+    return files, ""
 
 
 def _first_line(error: Exception) -> str:

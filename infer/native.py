@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from infer.cache.layout import KvLayout
+
 logger = logging.getLogger("infer.ops")
 
 SCHEMAS = {
@@ -29,8 +31,16 @@ SCHEMAS = {
         "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start, Tensor seq_lens, "
         "Tensor kv_map, float scale, int window, float soft_cap) -> Tensor"
     ),
+    "rotary_write_latent": (
+        "(Tensor q_latent, Tensor q_rope, Tensor kv, Tensor positions, Tensor cos_sin, Tensor norm, float eps, "
+        "Tensor(a!) pages, Tensor slots) -> Tensor"
+    ),
+    "packed_head_linear": "(Tensor x, Tensor packed, int outputs) -> Tensor",
     "packed_linear": "(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor",
     "packed_rows": "(Tensor ids, Tensor packed, int inputs) -> Tensor",
+    "group_rows": "(Tensor experts, int first, int count) -> (Tensor, Tensor, Tensor)",
+    "packed_grouped_linear": "(Tensor x, Tensor? rows, Tensor starts, Tensor packed, int outputs) -> Tensor",
+    "combine_rows": "(Tensor y, Tensor place, Tensor weights) -> Tensor",
     "argmax_rows": "(Tensor logits) -> (Tensor, Tensor)",
     "perturbed_max": "(Tensor logits, Tensor temperatures, Tensor keys, int start) -> (Tensor, Tensor)",
     "largest": "(Tensor logits, int k) -> (Tensor, Tensor)",
@@ -61,12 +71,11 @@ def use_native(op: str, x: Tensor) -> bool:
     return False
 
 
-def covers_heads(q: Tensor) -> bool:
-    """Whether the CUDA kernel takes heads like those of q [T, num_q, D]."""
-    heads, dim = q.shape[1:]
-    if dim % CUDA_HEAD_UNIT == 0 and dim <= CUDA_MAX_HEAD_DIM and heads <= CUDA_MAX_HEADS:
+def covers_heads(num_q: int, dim: int, value_dim: int) -> bool:
+    """Whether the CUDA kernel takes so many query heads of dim numbers, whose values have value_dim."""
+    if dim % CUDA_HEAD_UNIT == 0 and dim == value_dim <= CUDA_MAX_HEAD_DIM and num_q <= CUDA_MAX_HEADS:
         return True
-    log_fallback("paged_attention", f"{heads} query heads of size {dim} on CUDA")
+    log_fallback("paged_attention", f"{num_q} query heads of size {dim} with values of size {value_dim} on CUDA")
     return False
 
 
@@ -75,7 +84,7 @@ def log_fallback(op: str, what: str) -> None:
     logger.warning("%s: no native kernel for %s, using the PyTorch reference", op, what)
 
 
-def decode_runs_on_device(num_q: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+def decode_runs_on_device(num_q: int, layout: KvLayout, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether every op of a step that only decodes runs a CUDA kernel, so that the host need not wait for the device.
 
     What a CUDA graph of the step needs: the references read lengths back.
@@ -85,7 +94,7 @@ def decode_runs_on_device(num_q: int, head_dim: int, dtype: torch.dtype, device:
         and device.type == "cuda"
         and dtype in _CUDA_DTYPES
         and cuda_runs(torch.cuda.current_device() if device.index is None else device.index)
-        and covers_heads(torch.empty(0, num_q, head_dim, device="meta"))
+        and covers_heads(num_q, layout.key_dim, layout.value_dim)
     )
 
 
@@ -205,7 +214,20 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("infer::packed_linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-        return x.new_empty((x.shape[0], outputs))
+        return packed.new_empty((x.shape[0], outputs))
+
+    @torch.library.register_fake("infer::group_rows")
+    def _(experts: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = experts.new_empty(experts.numel())
+        return rows, experts.new_empty(count + 1, dtype=torch.int32), experts.new_empty(experts.shape)
+
+    @torch.library.register_fake("infer::packed_grouped_linear")
+    def _(x: Tensor, rows: Tensor | None, starts: Tensor, packed: Tensor, outputs: int) -> Tensor:
+        return x.new_empty((x.shape[0] if rows is None else rows.shape[0], outputs))
+
+    @torch.library.register_fake("infer::combine_rows")
+    def _(y: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+        return y.new_empty((place.shape[0], y.shape[1]))
 
     @torch.library.register_fake("infer::argmax_rows")
     def _(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +284,25 @@ def _register_fakes() -> None:
         window: int,
         soft_cap: float,
     ) -> Tensor:
-        return q.new_empty(q.shape)
+        return q.new_empty((*q.shape[:2], v_pages.shape[3]))
+
+    @torch.library.register_fake("infer::rotary_write_latent")
+    def _(
+        q_latent: Tensor,
+        q_rope: Tensor,
+        kv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        norm: Tensor,
+        eps: float,
+        pages: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        return q_latent.new_empty((*q_latent.shape[:2], pages.shape[3]))
+
+    @torch.library.register_fake("infer::packed_head_linear")
+    def _(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+        return x.new_empty((*x.shape[:2], outputs))
 
 
 def _register_cuda_fakes() -> None:

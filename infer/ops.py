@@ -6,7 +6,8 @@ tensors it was given, and its `*_reference` otherwise; the reference is the defi
 result up to float32 rounding.
 
 Legend: T tokens in the batch, S sequences, H hidden size, D head size, num_q and num_kv local heads. All ops are for
-inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference.
+inference: none has a gradient. INFER_OPS=reference in the environment keeps every op on its reference. More of them
+stand in ops_latent.py and ops_moe.py.
 """
 
 import functools
@@ -30,14 +31,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
+_PLAIN_ACTIVATIONS = {**_ACTIVATIONS, "relu": F.relu}
 
 
 # ---------------------------------------------------------------------------------------------------- the ops
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N]."""
-    return F.linear(x, weight, bias)
+    """x [T, K] times weight [N, K] transposed, plus bias [N]: [T, N] in the weight's dtype."""
+    return F.linear(x.to(weight.dtype), weight, bias)
 
 
 def pack_linear(weight: Tensor) -> Tensor:
@@ -60,6 +62,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) 
     """x [T, K] times a weight [outputs, K] packed by pack_linear, transposed, plus bias [outputs]: [T, outputs].
 
     Sums are float32, over the inputs in rising order: a row's result does not depend on other rows, to the last bit.
+    The result has the weight's dtype; x may be bfloat16 where that is float32.
     """
     if native.use_native("packed_linear", x):
         return torch.ops.infer.packed_linear.default(x, packed, bias, outputs)
@@ -76,7 +79,8 @@ def packed_rows(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of each row (Zhang and Sennrich, 2019): x [T, H], weight [H] -> [T, H].
 
-    Statistics are float32; the normalized row is cast to x.dtype before it meets the weight, as Llama's is.
+    Statistics are float32; the normalized row is cast to the weight's dtype before it meets the weight: to x.dtype, as
+    Llama's is, or not at all where the weight is float32 (Gemma), in which case the product is cast.
     x may be a strided view whose last dimension is contiguous.
     """
     if native.use_native("rms_norm", x):
@@ -85,7 +89,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """residual + x, and its rms_norm: x and residual [T, H], weight [H] -> (normed [T, H], residual [T, H])."""
+    """residual + x, and its rms_norm: x and residual [T, H], weight [H] -> (normed [T, H], residual [T, H]).
+
+    The weight has the dtype of x, or float32, as for rms_norm.
+    """
     if native.use_native("add_rms_norm", x):
         return torch.ops.infer.add_rms_norm.default(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)
@@ -96,6 +103,11 @@ def act_and_mul(x: Tensor, kind: str) -> Tensor:
     if native.use_native("act_and_mul", x):
         return torch.ops.infer.act_and_mul.default(x, kind)
     return act_and_mul_reference(x, kind)
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """act(x), elementwise; kind is silu, gelu (erf), gelu_tanh or relu. PyTorch's own kernels: there is no other."""
+    return _PLAIN_ACTIVATIONS[kind](x)
 
 
 def rotary_write_kv(
@@ -117,7 +129,8 @@ def rotary_write_kv(
     positions  [T] int64, each in [0, max_pos)
     cos_sin    [max_pos, rot_dim] float32: cosines, then sines; the first rot_dim <= D dimensions of a head are
                rotated in float32, half against half (GPT-NeoX's order)
-    q_norm     [D] or None: weight of a per-head rms_norm before the rotation; k_norm likewise; eps is theirs
+    q_norm     [D] or None: weight of a per-head rms_norm before the rotation (of qkv's dtype or float32, as there);
+               k_norm likewise; eps is theirs
     k_pages    [num_blocks, block_size, num_kv, D], written in place; v_pages likewise
     slots      [T] int64: block * block_size + offset; -1 writes nothing
     """
@@ -141,10 +154,11 @@ def paged_attention(
     prefill: "Prefill | None" = None,
     even_groups: bool = False,
 ) -> Tensor:
-    """Causal attention of rows of q over their sequences' cached keys: [T, num_q, D]. Softmax is float32.
+    """Causal attention of rows of q over their sequences' cached keys: [T, num_q, value D]. Softmax is float32.
 
     q            [T, num_q, D]; rows query_start[s] to query_start[s + 1] are the last ones of sequence s
-    k_pages      [num_blocks, block_size, num_kv, D]; v_pages likewise
+    k_pages      [num_blocks, block_size, num_kv, D]
+    v_pages      likewise, with a D of its own; may be a part of k_pages, such as its first dimensions
     block_table  [S, max_blocks] int32: block i of sequence s holds its keys [i * block_size, (i + 1) * block_size)
     query_start  [S + 1] int32, ascending
     seq_lens     [S] int32: keys in the cache for each sequence, this batch's rows included
@@ -158,11 +172,15 @@ def paged_attention(
     A row's result depends on its own sequence alone, to the last bit.
     """
     args = (q, k_pages, v_pages, block_table, query_start, seq_lens, kv_map, scale, window, soft_cap)
-    if native.use_native("paged_attention", q) and (q.is_cpu or native.covers_heads(q)):
+    if native.use_native("paged_attention", q) and (q.is_cpu or _cuda_covers(q, v_pages)):
         if prefill is not None and prefill.covers(q, k_pages, soft_cap):
             return prefill.attend(q, k_pages, v_pages, kv_map, scale, window, even_groups)
         return torch.ops.infer.paged_attention.default(*args)
     return paged_attention_reference(*args)
+
+
+def _cuda_covers(q: Tensor, v_pages: Tensor) -> bool:
+    return native.covers_heads(q.shape[1], q.shape[2], v_pages.shape[3])
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +224,7 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def packed_linear_reference(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     weight = packed.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, : x.shape[1]]
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(packed.dtype)
 
 
 def packed_rows_reference(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
@@ -216,7 +234,7 @@ def packed_rows_reference(ids: Tensor, packed: Tensor, inputs: int) -> Tensor:
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * inverse_rms).to(x.dtype) * weight
+    return ((x32 * inverse_rms).to(weight.dtype) * weight).to(x.dtype)
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -254,12 +272,12 @@ def rotary_write_kv_reference(
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     written = slots >= 0
     block, offset = slots[written] // block_size, slots[written] % block_size
-    k_pages[block, offset] = _rotate(k, cos, sin)[written]
+    k_pages[block, offset] = rotate_reference(k, cos, sin)[written]
     v_pages[block, offset] = v[written]
-    return _rotate(q, cos, sin)
+    return rotate_reference(q, cos, sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, heads, D], cos and sin [T, 1, rot_dim / 2] float32: x with its first rot_dim dimensions rotated."""
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
@@ -279,7 +297,7 @@ def paged_attention_reference(
     window: int,
     soft_cap: float,
 ) -> Tensor:
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], v_pages.shape[3])
     block_size, heads = k_pages.shape[1], kv_map.long()
     starts = query_start.tolist()
     for s, num_keys in enumerate(seq_lens.tolist()):

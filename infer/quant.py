@@ -1,7 +1,7 @@
-"""Storage schemes: how a weight matrix is kept in memory, read row by row, and multiplied.
+"""Storage schemes: how a weight matrix is kept in memory, read row by row, and multiplied; so for a stack of them.
 
-Weights are loaded plain, [N, K]; `choose` then says how they are kept from there on. These schemes change neither
-shapes nor values, only where the numbers lie.
+Weights are loaded plain, [N, K]; `choose` then says how they are kept from there on, and `choose_stack` for the experts
+of a layer, [E, N, K]. These schemes change neither shapes nor values, only where the numbers lie.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infer import native, ops
+from infer import native, ops, ops_latent, ops_moe
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -69,13 +69,94 @@ class OneDnn(Matrix):
         return F.embedding(ids, self.weight)
 
 
+class Stack(ABC):
+    """Weights [E, N, K] of several experts in some form."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor, rows: Tensor | None, starts: Tensor) -> Tensor:
+        """Sorted rows of x, each times its own expert's weight: ops_moe.grouped_linear."""
+
+
+class PlainStack(Stack):
+    """The weights as they were loaded."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def multiply(self, x: Tensor, rows: Tensor | None, starts: Tensor) -> Tensor:
+        return ops_moe.grouped_linear(x, rows, starts, self.weight)
+
+
+class PackedStack(Stack):
+    """Each expert's weight as Packed has it, for our own CPU kernel (ops_moe.packed_grouped_linear)."""
+
+    def __init__(self, weight: Tensor):
+        """Packs in place where no padding is needed: a layer's experts are too large to be there twice."""
+        experts, self.outputs, _ = weight.shape
+        first = ops.pack_linear(weight[0])
+        if first.numel() == weight[0].numel():
+            self.packed = weight.view(experts, *first.shape)
+        else:
+            self.packed = weight.new_empty(experts, *first.shape)
+        self.packed[0] = first
+        for expert in range(1, experts):
+            self.packed[expert] = ops.pack_linear(weight[expert])
+
+    def multiply(self, x: Tensor, rows: Tensor | None, starts: Tensor) -> Tensor:
+        return ops_moe.packed_grouped_linear(x, rows, starts, self.packed, self.outputs)
+
+
+class HeadMatrix(ABC):
+    """A weight [H, N, K], one matrix for each head, in some form."""
+
+    @abstractmethod
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, H, K] -> x times the weight transposed, head by head: [T, H, N], contiguous."""
+
+
+class PlainHeads(HeadMatrix):
+    """The weight as it was loaded, or a view of it."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return ops_latent.head_linear(x, self.weight)
+
+
+class PackedHeads(HeadMatrix):
+    """Each head's weight as Packed has it, for our own CPU kernel (ops_latent.packed_head_linear)."""
+
+    def __init__(self, weight: Tensor):
+        self.outputs = weight.shape[1]
+        self.packed = ops_latent.pack_head_linear(weight)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return ops_latent.packed_head_linear(x, self.packed, self.outputs)
+
+
 def choose(weight: Tensor, needs_rows: bool) -> Matrix:
     """The fastest form of a weight on this machine. needs_rows: it is an embedding as well."""
-    if not weight.is_cpu or weight.dtype not in _PACKED_DTYPES or not native.is_loaded():
+    if not _packs(weight):
         return Plain(weight)
     if weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
         return OneDnn(weight, needs_rows)
     return Packed(weight)
+
+
+def choose_stack(weight: Tensor) -> Stack:
+    """The fastest form of several experts' weights [E, N, K] on this machine. The weight itself may be overwritten."""
+    return PackedStack(weight) if _packs(weight) else PlainStack(weight)
+
+
+def choose_heads(weight: Tensor) -> HeadMatrix:
+    """The fastest form of a weight [H, N, K], one matrix for each head, on this machine."""
+    return PackedHeads(weight) if _packs(weight) else PlainHeads(weight)
+
+
+def _packs(weight: Tensor) -> bool:
+    """Whether there are CPU kernels for such a weight in another form."""
+    return weight.is_cpu and weight.dtype in _PACKED_DTYPES and native.is_loaded()
 
 
 def _multiplies_bfloat16() -> bool:

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from infer.layers.declare import declared
-from infer.models.config import read_json
+from infer.models.fields import read_json
+from infer.models.recognize import PLAIN_WANTED, QUANTIZED_DTYPES, quantized_tensors
 from infer.parallel.placement import Source
 
 logger = logging.getLogger("infer.weights")
@@ -20,6 +22,15 @@ logger = logging.getLogger("infer.weights")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names -> bytes of an element
+# Start of a tensor's name -> what may stand there instead. A model saved without its head has no "model." or so before
+# its names; that of one that sees is part of another; and later versions of transformers named some tensors anew.
+OTHER_STARTS = {
+    "model.": ("", "language_model.model.", "model.language_model."),
+    "transformer.": ("",),
+    "gpt_neox.": ("",),
+    "lm_head.": ("language_model.lm_head.",),
+    "embed_out.": ("lm_head.",),
+}
 DUMMY_STD = 0.02
 DUMMY_BLOCK_ROWS = 1024
 
@@ -40,6 +51,8 @@ class Checkpoint:
         self._names: dict[str, set[str]] = {}  # file -> its tensors
         self._listing = self._find_listing()
         self._file_of = self._read_index() if self._listing == INDEX else self._all_in(self._listing)
+        if found := quantized_tensors(self._file_of):
+            raise ValueError(f"{self.path / self._listing}: {found}; {PLAIN_WANTED}")
 
     def check(self, source: Source) -> None:
         """Whether the tensor is there, with the declared shape and a dtype we read. Reads headers only."""
@@ -51,8 +64,9 @@ class Checkpoint:
                 f"{list(source.shape)}"
             )
         if (dtype := view.get_dtype()) not in FLOATS:
+            method = f" ({QUANTIZED_DTYPES[dtype]})" if dtype in QUANTIZED_DTYPES else ""
             raise ValueError(
-                f"{self.path / file}: tensor {name} has dtype {dtype}, which is not supported; "
+                f"{self.path / file}: tensor {name} has dtype {dtype}{method}, which is not supported; "
                 f"supported are {', '.join(FLOATS)} (quantized checkpoints are not)"
             )
 
@@ -61,8 +75,7 @@ class Checkpoint:
         file, name = self._locate(source.name)
         view = self._slice(file, name)
         try:
-            block = view[tuple(slice(held.start, held.stop) for held in source.part)]
-            out.copy_(block)
+            out.copy_(_arranged(source, view[tuple(slice(held.start, held.stop) for held in source.part)]))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / file}: tensor {name} cannot be read: {error}") from None
         self.bytes_read += math.prod(source.local_shape) * FLOATS[view.get_dtype()]
@@ -84,6 +97,8 @@ class Checkpoint:
             raise ValueError(f"{self.path} has {len(files)} safetensors files but no {INDEX} that says what is where")
         others = sorted(f.name for ending in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in self.path.glob(ending))
         found = f"; {', '.join(others[:3])} cannot be used, only safetensors can" if others else ""
+        if any(name.endswith(".gguf") for name in others):
+            found += f" (GGUF: {PLAIN_WANTED})"
         raise ValueError(f"{self.path} has neither {SINGLE} nor {INDEX}{found}")
 
     def _all_in(self, file: str) -> dict[str, str]:
@@ -106,9 +121,8 @@ class Checkpoint:
         return weight_map
 
     def _locate(self, name: str) -> tuple[str, str]:
-        """(file, name in the checkpoint). A model saved without its head has no "model." before its names."""
-        short = name.removeprefix("model.")
-        for known in (name, short):
+        """(file, name in the checkpoint), by whichever of its names a tensor goes there."""
+        for known in names_of(name):
             if known in self._file_of:
                 return self._file_of[known], known
         hint = ""
@@ -132,6 +146,25 @@ class Checkpoint:
                 raise ValueError(f"{self.path / file} is truncated, corrupt or unreadable: {error}") from None
             self._names[file] = set(self._open[file].keys())
         return self._names[file]
+
+
+def names_of(name: str) -> Iterator[str]:
+    """The names that a tensor may have in a checkpoint, the one it is declared with first."""
+    yield name
+    for start, others in OTHER_STARTS.items():
+        if name.startswith(start):
+            yield from (other + name.removeprefix(start) for other in others)
+
+
+def _arranged(source: Source, block: Tensor) -> Tensor:
+    """A block as the checkpoint has it -> as the parameter does."""
+    if source.transposed:
+        block = block.t()
+    if source.order is not None:
+        block = block[list(source.order)]
+    if source.offset:
+        block = block.float() + source.offset
+    return block
 
 
 def check_weights(stage: nn.Module, checkpoint: Checkpoint) -> None:
@@ -179,6 +212,8 @@ def init_dummy_weights(stage: nn.Module, seed: int) -> None:
 def _fill_random(source: Source, out: Tensor, seed: int) -> None:
     held, columns = source.part[0], [slice(part.start, part.stop) for part in source.part[1:]]
     bound = DUMMY_STD * math.sqrt(3)
+    as_it_comes = not source.transposed and source.order is None
+    whole = out if as_it_comes else torch.empty(source.held_shape, device=out.device)
     for block in range(held.start // DUMMY_BLOCK_ROWS, (held.stop - 1) // DUMMY_BLOCK_ROWS + 1):
         first = block * DUMMY_BLOCK_ROWS
         last = min(first + DUMMY_BLOCK_ROWS, source.shape[0])
@@ -187,4 +222,6 @@ def _fill_random(source: Source, out: Tensor, seed: int) -> None:
         values = torch.empty((last - first, *source.shape[1:]), device=out.device)
         values.uniform_(-bound, bound, generator=generator)
         start, stop = max(first, held.start), min(last, held.stop)
-        out[start - held.start : stop - held.start].copy_(values[(slice(start - first, stop - first), *columns)])
+        whole[start - held.start : stop - held.start].copy_(values[(slice(start - first, stop - first), *columns)])
+    if not as_it_comes:
+        out.copy_(_arranged(source, whole))

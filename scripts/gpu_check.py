@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from infer.bench.report import markdown_table, slug, table  # noqa: E402 - it needs the standard library alone
+from infer.bench.report import slug  # noqa: E402 - it needs the standard library alone
+from infer.tables import markdown_table, table  # noqa: E402 - likewise
 
 SITE = ROOT / "build" / "gpu-site"
 WHEELS = ROOT / "wheels"
@@ -151,7 +152,8 @@ def build_kernels(programs: Programs) -> None:
     programs.run("setup.py", build, SECONDS["build"], TORCH_CUDA_ARCH_LIST=asked.stdout.strip())
     probe = (
         "import logging, sys, torch; logging.basicConfig(); from infer import native; "
-        "native.decode_runs_on_device(32, 128, torch.bfloat16, torch.device('cuda', 0)) or sys.exit('no CUDA kernels')"
+        "from infer.cache.layout import KvLayout; layout, gpu = KvLayout(8, 128, 128), torch.device('cuda', 0); "
+        "native.decode_runs_on_device(32, layout, torch.bfloat16, gpu) or sys.exit('no CUDA kernels')"
     )
     programs.run("the kernels' first run", ["-c", probe], SECONDS["build"])
 

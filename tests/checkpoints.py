@@ -5,6 +5,8 @@ vocabulary is the model's. Their sizes divide by nothing on purpose.
 """
 
 import json
+import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,72 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import recipes_core
+import recipes_dense
+import recipes_mla
+import recipes_moe
+from recipes import BOS as BOS
+from recipes import COMMON, VOCAB_SIZE
+from recipes import EOS as EOS
 
-VOCAB_SIZE = 1009
-BOS, EOS = 0, 1
-MAX_POSITION = 512
-WINDOW = 24
-
-_COMMON = {
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": MAX_POSITION,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "initializer_range": 0.2,  # large, so that the most likely token leads clearly
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """family: the prefix of transformers' classes. max_shard_size: over several files where given."""
-
-    family: str
-    config: dict[str, Any]
-    max_shard_size: str | None = None
-
-
-RECIPES = {
-    "llama": Recipe(
-        "Llama",
-        {
-            "hidden_size": 72, "num_hidden_layers": 5, "num_attention_heads": 9, "num_key_value_heads": 3,
-            "intermediate_size": 101, "tie_word_embeddings": True,
-        },
-    ),
-    "llama31": Recipe(
-        "Llama",
-        {
-            "hidden_size": 80, "num_hidden_layers": 6, "num_attention_heads": 5, "num_key_value_heads": 1,
-            "intermediate_size": 130, "tie_word_embeddings": False,
-            "rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-            },
-        },
-        max_shard_size="300KB",
-    ),
-    "mistral": Recipe(
-        "Mistral",
-        {
-            "hidden_size": 72, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 2,
-            "intermediate_size": 96, "tie_word_embeddings": False, "sliding_window": WINDOW,
-        },
-    ),
-    "qwen2": Recipe(
-        "Qwen2",
-        {
-            "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 89, "tie_word_embeddings": True, "use_sliding_window": False,
-        },
-    ),
-    "qwen3": Recipe(
-        "Qwen3",
-        {
-            "hidden_size": 60, "num_hidden_layers": 6, "num_attention_heads": 7, "num_key_value_heads": 7,
-            "head_dim": 16, "intermediate_size": 75, "tie_word_embeddings": False,
-        },
-    ),
-}  # fmt: skip
+# Core recipes run in all layout tests, the others in test_families.py.
+CORE = tuple(recipes_core.RECIPES)
+RECIPES = {**recipes_core.RECIPES, **recipes_dense.RECIPES, **recipes_moe.RECIPES, **recipes_mla.RECIPES}
 
 
 def build_checkpoint(name: str, path: Path) -> Path:
@@ -86,18 +33,33 @@ def build_checkpoint(name: str, path: Path) -> Path:
     import transformers
 
     recipe = RECIPES[name]
-    config = getattr(transformers, f"{recipe.family}Config")(**_COMMON, **recipe.config)
-    torch.manual_seed(list(RECIPES).index(name))
-    model = getattr(transformers, f"{recipe.family}ForCausalLM")(config).float().eval()
+    config = getattr(transformers, recipe.config_class or f"{recipe.family}Config")(**{**COMMON, **recipe.config})
+    torch.manual_seed(CORE.index(name) if name in CORE else zlib.crc32(name.encode()))
+    model = getattr(transformers, recipe.model_class or f"{recipe.family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in (*model.named_parameters(), *model.named_buffers()):
             if parameter_name.endswith("bias"):  # zeros, of which nobody would miss the addition
                 parameter.normal_(0.0, 0.5)
-            elif "norm" in parameter_name:
-                parameter.normal_(1.0, 0.2)
+            elif "norm" in parameter_name or ".ln_" in parameter_name:
+                parameter.normal_(recipe.norm_mean, 0.2)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):  # zeros, too
+                buffer.normal_(0.0, 0.2)
     shards = {"max_shard_size": recipe.max_shard_size} if recipe.max_shard_size else {}
     model.save_pretrained(path, **shards)
     write_tokenizer(path)
+    return path
+
+
+def poison(source: Path, path: Path, token: int) -> Path:
+    """A copy of a checkpoint of one file, in which the embedding of a token is NaN. Its output weights are its own."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, path)
+    tensors = load_file(path / "model.safetensors")
+    assert "lm_head.weight" in tensors, "tied, it would make every logit of that token NaN"
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
@@ -155,7 +117,9 @@ class Reference:
         import torch
         import transformers
 
-        return transformers.AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32).eval()
+        # Its other ways to multiply by experts want sizes that are multiples of four.
+        options = {"dtype": torch.float32, "experts_implementation": "eager"}
+        return transformers.AutoModelForCausalLM.from_pretrained(self._path, **options).eval()
 
     def greedy(self, prompt: list[int], num_tokens: int) -> Sequence:
         """The most likely continuation of num_tokens tokens."""

@@ -76,14 +76,6 @@ def test_a_child_is_quoted(capsys):
     assert "stands above" in str(error) and capsys.readouterr().err == "Traceback\nKeyError: 1\n"
 
 
-def test_table_aligns_numbers_to_the_right():
-    assert report.table(["what", "figure"], [["a", "1.0"], ["long name", "22.0"]]).splitlines() == [
-        "what       figure",
-        "a             1.0",
-        "long name    22.0",
-    ]
-
-
 def test_timeline_is_read_back():
     timeline = Timeline("starting Python")
     timeline.begin("reading the model's config")

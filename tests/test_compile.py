@@ -15,7 +15,19 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprob
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tp", "pp", "model"), [(1, 1, "llama"), (1, 1, "qwen3"), (2, 1, "mistral"), (1, 2, "llama31")]
+    ("tp", "pp", "model"),
+    [
+        (1, 1, "llama"),
+        (1, 1, "qwen3"),
+        (2, 1, "mistral"),
+        (1, 2, "llama31"),
+        (1, 1, "gpt2"),
+        (1, 2, "gemma2"),
+        (2, 1, "olmo2"),
+        (1, 1, "gpt-neox"),
+        (2, 1, "qwen2_moe"),
+        (2, 1, "deepseek_v3"),
+    ],
 )
 def test_compiled_stages_give_the_same_tokens(tp, pp, model, checkpoint_dirs, tmp_path):
     """In a batch of all prompts, some in chunks, and alone: one row, and one sequence, are shapes of their own."""

@@ -54,6 +54,7 @@ def test_sizes(text, size):
         (["--model", "m", "--max-modle-len", "5"], "--max-modle-len"),
         (["--model", "m", "-tp", "two"], "-tp.*two"),
         (["--model", "m", "-tp", "0"], "tensor_parallel_size must be a positive integer, not 0"),
+        (["--model", "m", "--trust-remote-code"], "trust_remote_code must be false: code from a checkpoint"),
         (["--model", "m", "--dtype", "int8"], "--dtype.*int8.*bfloat16"),
         (["--model", "m", "--load-format", "pt"], "--load-format.*pt.*safetensors"),
         (["--model", "m", "--kv-cache-memory-bytes", "4X"], "4X.*is not a size; write 4096, 512M or 1.5G"),

@@ -3,6 +3,7 @@
 The graphs themselves need a GPU (tests/gpu); here a capture is the work itself, which replays by running again.
 """
 
+import dataclasses
 import gc
 import weakref
 from collections import deque
@@ -23,6 +24,7 @@ from infer.engine.sampler import Sampler
 from infer.engine.scheduler import Scheduler
 from infer.models.config import ModelConfig, RopeConfig
 from infer.models.decoder import Stage, balanced_layers
+from infer.models.mla_config import MlaConfig
 from infer.parallel.groups import alone
 from infer.request import Request, SamplingParams
 from infer.weights import init_dummy_weights
@@ -84,7 +86,7 @@ def make_runners(pp, capture, tp_size=1):
                 if parameter.dim() == 2:
                     parameter.mul_(8)
         stage.pack()
-        memory = pages.allocate(NUM_BLOCKS, BLOCK_SIZE, stage.kv_heads, MODEL.head_dim, len(layers), torch.float32, CPU)
+        memory = pages.allocate(NUM_BLOCKS, BLOCK_SIZE, stage.kv_layout, len(layers), torch.float32, CPU)
         groups = SimpleNamespace(
             topology=SimpleNamespace(pp_size=pp), is_first_stage=first, is_last_stage=last, is_sampler=last,
             pipe=links.pipe(pp_rank), tp=SimpleNamespace(size=tp_size),
@@ -263,10 +265,13 @@ def test_which_batches_only_decode():
 
 
 def test_why_graphs_are_off(monkeypatch):
-    def why(device="cuda", tp=1, local_ranks=1, gpus=1, has_kernels=True, **flags):
+    def why(device="cuda", tp=1, local_ranks=1, gpus=1, has_kernels=True, config=MODEL, **flags):
         weight = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
-        attention = SimpleNamespace(qkv=SimpleNamespace(weight=weight), num_q=6)
-        stage = SimpleNamespace(config=MODEL, layers=[SimpleNamespace(attention=attention)])
+        layers = [SimpleNamespace(attention=SimpleNamespace(num_q=6))]
+        stage = SimpleNamespace(
+            config=config, layers=layers, kv_layout=config.kv_layout(2), parameters=lambda: iter([weight]),
+            modules=lambda: iter(()),
+        )  # fmt: skip
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr("infer.native.decode_runs_on_device", lambda *shape: has_kernels)
         return why_off(EngineConfig(model="m", **flags), stage, tp, local_ranks)
@@ -277,6 +282,10 @@ def test_why_graphs_are_off(monkeypatch):
     assert why(enforce_eager=True) == "--enforce-eager"
     assert "no CUDA kernel" in why(has_kernels=False)
     assert "cpu" in why(device="cpu")
+    mla = MlaConfig(
+        q_lora_rank=0, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, softmax_scale=0.25
+    )
+    assert "latent attention has no CUDA kernel" in why(config=dataclasses.replace(MODEL, mla=mla))
 
 
 # ------------------------------------------------------------------------------------------------------ the inputs

@@ -11,6 +11,8 @@ import pytest
 from huggingface_hub import errors
 
 from infer import hub
+from infer.config import EngineConfig
+from infer.models.source import read_model
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +88,26 @@ def test_a_file_is_not_a_model(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="is a file"):
         hub.resolve_model(str(path))
+
+
+def test_gguf_is_refused_by_name(tmp_path, snapshot, monkeypatch):
+    file = tmp_path / "tiny-Q4_K_M.gguf"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"tiny-Q4_K_M\.gguf' is a GGUF file: GGUF checkpoints are not supported"):
+        hub.resolve_model(str(file))
+    with pytest.raises(ValueError, match=r"no config\.json, but tiny-Q4_K_M\.gguf: GGUF checkpoints are not supported"):
+        hub.resolve_model(str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, **_: ["README.md", "a.gguf"])
+    with pytest.raises(ValueError, match=r"the Hub repository has no config\.json, but a\.gguf: GGUF .* safetensors"):
+        hub.resolve_model("owner/name-GGUF", weights=False)
+
+
+def test_weights_of_a_model_that_cannot_run_are_not_fetched(snapshot):
+    (snapshot.directory / "config.json").write_text('{"architectures": ["FalconForCausalLM"]}')
+    with pytest.raises(ValueError, match="FalconForCausalLM is not supported"):
+        read_model(EngineConfig(model="owner/name"))
+    (call,) = snapshot.calls
+    assert not any("safetensors" in pattern for pattern in call[1]["allow_patterns"])
 
 
 def test_an_empty_name_is_refused():

@@ -66,7 +66,7 @@ def test_the_largest_batches_are_tried(rows, seqs, tried, most, monkeypatch):
     """A prompt alone, and one beside all that may decode, whose attention needs scratch memory of its own."""
     stage = Stage(MODEL, range(1), alone(), is_first=True, is_last=True, dtype=torch.float32, device=CPU)
     init_dummy_weights(stage, 0)
-    page = pages.allocate(1, 4, stage.kv_heads, MODEL.head_dim, 1, torch.float32, CPU)
+    page = pages.allocate(1, 4, stage.kv_layout, 1, torch.float32, CPU)
     config = EngineConfig(model="m", max_num_batched_tokens=rows, max_num_seqs=seqs, block_size=4)
     monkeypatch.setattr(ops_cuda, "gather_room", lambda pages, num_keys, max_model_len: 1000 * num_keys)
     trials = Trials(stage, monkeypatch)

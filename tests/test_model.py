@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from infer.cache import pages
 from infer.config import EngineConfig
 from infer.layers.attention import ForwardContext
 from infer.models.config import ModelConfig, load_model_config
@@ -103,13 +104,19 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return save_random(CASES[request.param](), tmp_path_factory.mktemp("model"))
+
+
+def save_random(config: transformers.PretrainedConfig, path: Path) -> Saved:
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(CASES[request.param]()).eval().float()
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases start at 0 and norms at 1, which would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    path = tmp_path_factory.mktemp("model")
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     model.save_pretrained(path)
     sequences = [torch.randint(0, SMALL["vocab_size"], (length,)) for length in LENGTHS]
     with torch.no_grad():
@@ -122,15 +129,15 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def run_layout(
-    c: ModelConfig, tp: int, pp: int, fill: Callable[[Stage], None], sequences: list[Tensor]
+    c: ModelConfig, tp: int, pp: int, fill: Callable[[Stage], None], sequences: list[Tensor], **layout: bool
 ) -> list[Tensor]:
-    """The logits [length, vocabulary] of each sequence from a model split tp x pp ways."""
+    """The logits [length, vocabulary] of each sequence from a model split tp x pp ways. layout: as Stage has it."""
     meeting, shards, errors = Meeting(tp), [[] for _ in range(tp)], []
 
     def play(index: int) -> None:
         try:
             with torch.inference_mode():
-                shards[index] = run_rank(c, ThreadGroup(meeting, index), pp, fill, sequences)
+                shards[index] = run_rank(c, ThreadGroup(meeting, index), pp, fill, sequences, **layout)
         except BaseException as error:
             errors.append(error)
             meeting.barrier.abort()
@@ -145,26 +152,30 @@ def run_layout(
     return [torch.cat(parts, dim=-1) for parts in zip(*shards, strict=True)]
 
 
-def build_stages(c: ModelConfig, group: ThreadGroup, pp: int, device: torch.device = CPU) -> list[Stage]:
+def build_stages(
+    c: ModelConfig, group: ThreadGroup, pp: int, device: torch.device = CPU, **layout: bool
+) -> list[Stage]:
     stages = enumerate(balanced_layers(c, pp))
     return [
-        Stage(c, layers, group, is_first=i == 0, is_last=i == pp - 1, dtype=torch.float32, device=device)
+        Stage(c, layers, group, is_first=i == 0, is_last=i == pp - 1, dtype=torch.float32, device=device, **layout)
         for i, layers in stages
     ]
 
 
 def run_rank(
-    c: ModelConfig, group: ThreadGroup, pp: int, fill: Callable[[Stage], None], sequences: list[Tensor]
+    c: ModelConfig, group: ThreadGroup, pp: int, fill: Callable[[Stage], None], sequences: list[Tensor], **layout: bool
 ) -> list[Tensor]:
     """One tensor-parallel rank of all stages: batches of uneven chunks of both sequences, then single tokens."""
-    stages = build_stages(c, group, pp)
+    stages = build_stages(c, group, pp, **layout)
     caches = []
     # Blocks out of order and of both sequences interleaved; what was there before must not matter.
     tables = [torch.randperm(24, generator=torch.Generator().manual_seed(3)).view(2, 12).int()[s] for s in range(2)]
     for stage in stages:
         fill(stage)
-        shape = (24, BLOCK_SIZE, stage.kv_heads, c.head_dim)
-        caches.append([[torch.full(shape, 9.0) for _ in range(stage.num_layers)] for _ in "kv"])
+        memory = pages.allocate(24, BLOCK_SIZE, stage.kv_layout, stage.num_layers, torch.float32, CPU)
+        for page in (*memory.k, *memory.v):
+            page.fill_(9.0)
+        caches.append((memory.k, memory.v))
     done, logits = [0, 0], [[], []]
     for chunk in [(5, 0), (9, 6), (1, 11), (20, 1), *[(1, 1)] * 5, (1, 0)]:
         spans = [range(a, a + n) for a, n in zip(done, chunk, strict=True)]
@@ -251,7 +262,7 @@ def test_the_planner_reads_the_declaration(saved: Saved) -> None:
         held = [sum(p.numel() * p.element_size() for p in stage.parameters()) for stage in stages]
         assert held == planned[index]
     # 9 heads, 3 KV heads over 2 ranks: KV heads 0, 1 and 1, 2.
-    assert [stage.kv_heads for stage in (real[0][0], real[1][0])] == [2, 2]
+    assert [stage.kv_layout.heads for stage in (real[0][0], real[1][0])] == [2, 2]
     first = real[0][0]
     assert first.kv_bytes_per_token == 2 * first.num_layers * 2 * c.head_dim * 4
     assert first.vocab_starts == [0, 505, 1009]

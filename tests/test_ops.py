@@ -37,14 +37,25 @@ def int32(values) -> Tensor:
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1), (1, 576), (3, 15), (5, 33), (2, 16), (70, 1000)])
-def test_norms_equal_their_references(shape, dtype):
+@pytest.mark.parametrize("float_weight", [False, True])
+def test_norms_equal_their_references(shape, dtype, float_weight):
     torch.manual_seed(0)
-    x, residual, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
+    x, residual, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1])
+    weight = weight if float_weight else weight.to(dtype)
     close(ops.rms_norm(x, weight, EPS), ops.rms_norm_reference(x, weight, EPS))
     normed, total = ops.add_rms_norm(x, residual, weight, EPS)
     expected_normed, expected_total = ops.add_rms_norm_reference(x, residual, weight, EPS)
     assert torch.equal(total, expected_total)
     close(normed, expected_normed)
+
+
+def test_a_float32_weight_is_not_rounded_before_the_product():
+    """Gemma's norm: float32 throughout, and rounded once."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 48).bfloat16(), 1 + torch.randn(48) / 50
+    exact = F.rms_norm(x.float(), (48,), weight, EPS).bfloat16()
+    assert torch.equal(ops.rms_norm_reference(x, weight, EPS), exact)
+    assert not torch.equal(ops.rms_norm_reference(x, weight.bfloat16(), EPS), exact)
 
 
 @needs_native
@@ -116,13 +127,15 @@ def with_own_pages(case: dict) -> dict:
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", [False, True, "float weights"])
 @pytest.mark.parametrize(
     ("tokens", "num_q", "num_kv", "dim", "rot_dim"),
     [(0, 2, 1, 8, 8), (1, 9, 3, 64, 64), (20, 5, 2, 64, 32), (7, 3, 1, 20, 12), (3, 4, 4, 6, 2), (33, 8, 2, 96, 96)],
 )
 def test_rotary_write_kv_equals_its_reference(tokens, num_q, num_kv, dim, rot_dim, normed, dtype):
-    case = rotary_case(tokens, num_q, num_kv, dim, rot_dim, normed, dtype)
+    case = rotary_case(tokens, num_q, num_kv, dim, rot_dim, bool(normed), dtype)
+    if normed == "float weights":
+        case |= {"q_norm": torch.randn(dim), "k_norm": torch.randn(dim)}
     case["slots"][::3] = -1
     actual, expected = with_own_pages(case), with_own_pages(case)
     q = ops.rotary_write_kv(**actual)
@@ -504,7 +517,7 @@ def test_nan_in_the_cache_reaches_only_its_own_sequence():
         ({"window": -1}, ValueError, "window is -1"),
         ({"soft_cap": -1.0}, ValueError, "soft_cap is -1"),
         ({"seq_lens": torch.tensor([5])}, ValueError, "seq_lens has dtype Long, must have Int"),
-        ({"v_pages": torch.zeros(2, 16, 1, 8)}, ValueError, "v_pages has shape"),
+        ({"v_pages": torch.zeros(2, 16, 2, 16)}, ValueError, "v_pages has shape"),
         ({"k_pages": torch.zeros(2, 16, 1, 16).bfloat16()}, ValueError, "k_pages has dtype BFloat16"),
     ],
 )
@@ -540,8 +553,8 @@ def test_rotary_write_kv_names_what_is_wrong(change, error, message):
 def test_small_ops_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"weight has shape \[4\], must have \[8\]"):
         ops.rms_norm(torch.zeros(2, 8), torch.zeros(4), EPS)
-    with pytest.raises(ValueError, match="weight has dtype Float, must have BFloat16"):
-        ops.rms_norm(torch.zeros(2, 8).bfloat16(), torch.zeros(8), EPS)
+    with pytest.raises(ValueError, match="weight has dtype BFloat16, must have Float"):
+        ops.rms_norm(torch.zeros(2, 8), torch.zeros(8).bfloat16(), EPS)
     with pytest.raises(ValueError, match="last dimension of x has stride 2"):
         ops.rms_norm(torch.zeros(8, 2).t(), torch.zeros(8), EPS)
     with pytest.raises(ValueError, match="x has 7 columns"):

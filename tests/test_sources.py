@@ -27,6 +27,8 @@ NO_TORCH = [
     "infer.run_batch",
     "infer.models",
     "infer.models.config",
+    "infer.models.source",
+    "infer.models.__main__",
     "infer.parallel.topology",
     "infer.cache.blocks",
     "infer.bench.__main__",

@@ -41,7 +41,7 @@ def _stage(path, dtype: torch.dtype, layers: range, is_first: bool, is_last: boo
 
 
 def _memory(stage: Stage, dtype: torch.dtype) -> pages.Pages:
-    memory = pages.allocate(32, 4, stage.kv_heads, stage.config.head_dim, stage.num_layers, dtype, CPU)
+    memory = pages.allocate(32, 4, stage.kv_layout, stage.num_layers, dtype, CPU)
     for page in (*memory.k, *memory.v):
         page.copy_(torch.randn(page.shape))
     return memory

@@ -73,10 +73,10 @@ class Model:
     def of(cls, config: "ModelConfig") -> "Model":
         item_bytes = ITEM_BYTES[config.dtype]
         return cls(
-            layers=config.layer_parameters * config.num_layers,
+            layers=sum(config.active_parameters),
             head=config.vocab_size * config.hidden_size,
             item_bytes=item_bytes,
-            kv_bytes=2 * config.num_kv_heads * config.head_dim * item_bytes,
+            kv_bytes=config.kv_layout(config.num_kv_heads).numel * item_bytes,
             windows=Counter(config.window),
         )
 

@@ -13,13 +13,14 @@ import torch
 
 from infer.bench.limits import Hardware, Limit, Model
 from infer.bench.machine import measure
-from infer.bench.report import table, write_json
+from infer.bench.report import write_json
 from infer.config import EngineConfig, from_args
 from infer.engine.loop import Engine
 from infer.engine.startup import check
 from infer.launch import RankEnv
 from infer.process import Process
 from infer.request import Request, SamplingParams
+from infer.tables import table
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,9 +1,9 @@
-"""How figures are written: tables for a terminal, JSON for programs. No torch here."""
+"""What benchmarks share: flags that are numbers, JSON for programs, errors of what they start. No torch here."""
 
 import argparse
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +52,6 @@ def child_error(what: str, log: str) -> ValueError:
         return ValueError(f"{what}: {told[-1]}")
     print("\n".join(lines[-LOG_TAIL_LINES:]), file=sys.stderr, flush=True)
     return ValueError(f"{what}; the end of its log stands above")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Columns under a header, two blanks between them; those whose numbers are in `left` hold words."""
-    columns = []
-    for number, column in enumerate(zip(header, *rows, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.ljust(width) if number in left else cell.rjust(width) for cell in column])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as Markdown."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def slug(name: str) -> str:

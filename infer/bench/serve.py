@@ -18,7 +18,8 @@ import aiohttp
 from tqdm import tqdm
 
 from infer.bench.client import TIMEOUT, Outcome, first_model, stream
-from infer.bench.report import natural, percentile, positive, table, write_json
+from infer.bench.report import natural, percentile, positive, write_json
+from infer.tables import table
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 LOWEST_TOKEN_ID = 100  # below stand most models' special tokens

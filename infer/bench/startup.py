@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from infer.bench.report import child_error, positive, table, write_json
+from infer.bench.report import child_error, positive, write_json
 from infer.config import EngineConfig, ServerConfig, add_flags, from_args
 from infer.serve.timeline import read_line
+from infer.tables import table
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.01

@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from infer.bench.report import child_error, markdown_table, positive, slug, table, write_json
+from infer.bench.report import child_error, positive, slug, write_json
 from infer.bench.startup import launcher, serving, to_flags
 from infer.config import EngineConfig
+from infer.tables import markdown_table, table
 
 TIMEOUT_SECONDS = 900
 PROMPTS_PER_CLIENT = 3  # of the measurement over HTTP: each client sends so many requests, one after another

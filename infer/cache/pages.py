@@ -1,12 +1,14 @@
 """The KV cache's device memory: how much there is, and the pages themselves."""
 
 import logging
+import math
 import mmap
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from infer.cache.layout import KvLayout
 from infer.config import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -16,7 +18,10 @@ CPU_SHARE = 0.4  # of the host's available memory, divided by its ranks: weights
 
 @dataclass
 class Pages:
-    """k and v: one [num_blocks, block_size, kv_heads, head_dim] tensor per local layer."""
+    """k and v: one [num_blocks, block_size, heads, key_dim] tensor per local layer; v with value_dim likewise.
+
+    Of a layout with values_in_keys, v is a view of k.
+    """
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
@@ -73,17 +78,19 @@ def check_fits(num_tokens: int, max_model_len: int, block_size: int, bytes_per_t
 
 
 def allocate(
-    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, num_layers: int, dtype: torch.dtype,
-    device: torch.device,
-) -> Pages:  # fmt: skip
+    num_blocks: int, block_size: int, layout: KvLayout, num_layers: int, dtype: torch.dtype, device: torch.device
+) -> Pages:
     """Pages for every local layer. On a CPU memory is touched, and so really taken, only as blocks fill."""
-    shape = (num_blocks, block_size, kv_heads, head_dim)
 
-    def page() -> torch.Tensor:
+    def page(dim: int) -> torch.Tensor:
+        shape = (num_blocks, block_size, layout.heads, dim)
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
-        size = num_blocks * block_size * kv_heads * head_dim * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         untouched = np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=np.uint8)[:size]
         return torch.from_numpy(untouched).view(dtype).view(shape)
 
-    return Pages([page() for _ in range(num_layers)], [page() for _ in range(num_layers)])
+    k = [page(layout.key_dim) for _ in range(num_layers)]
+    if layout.values_in_keys:
+        return Pages(k, [keys[..., : layout.value_dim] for keys in k])
+    return Pages(k, [page(layout.value_dim) for _ in range(num_layers)])

@@ -1,9 +1,10 @@
 """torch.compile of a stage (--compile): inductor fuses what lies between matrix products, attention and sums.
 
-Dynamo traces a stage's forward as one graph whose only moving size is the number of rows. So that this is possible,
+Dynamo traces a stage's layers as one graph whose only moving size is the number of rows. So that this is possible,
 
 - norms and activations are their references (infer/ops.py), which inductor fuses with what is around them;
-- attention, between its projections, is one opaque op, and so is a sum over ranks. Each does what it does uncompiled.
+- attention, between its projections, is one opaque op, and so are a sum over ranks and a product with several experts'
+  weights. Each does what it does uncompiled.
 """
 
 import copy
@@ -17,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from infer import ops
+from infer import ops, ops_moe
 from infer.engine.tape import Forward
 from infer.layers.attention import Attention, ForwardContext
+from infer.layers.mla import LatentAttention
 from infer.models.decoder import DecoderLayer, Stage
 from infer.parallel.groups import Group
 
@@ -30,11 +32,11 @@ logger = logging.getLogger(__name__)
 class _Running:
     """What the opaque ops need besides tensors and numbers, which is all that an op of a graph can be given.
 
-    attentions: each layer's, without its projections. context: of the batch that runs.
+    attentions: each layer's. context: of the batch that runs.
     """
 
     tp: Group | None = None
-    attentions: list[nn.Module] = field(default_factory=list)
+    attentions: list[Attention | LatentAttention] = field(default_factory=list)
     context: ForwardContext | None = None
 
 
@@ -50,7 +52,7 @@ def compile_stage(stage: Stage, tp: Group) -> Forward:
     _teach_dynamo()
     _running.tp = tp
     layers = [cast(DecoderLayer, layer) for layer in stage.layers]
-    _running.attentions = [_with(layer.attention, qkv=nn.Identity(), o=nn.Identity()) for layer in layers]
+    _running.attentions = [layer.attention for layer in layers]
     twins = (_with(layer, attention=_TracedAttention(layer.attention)) for layer in layers)
     traced = _with(stage, layers=nn.ModuleList(twins))
     inductor = torch._dynamo.lookup_backend("inductor")
@@ -61,12 +63,12 @@ def compile_stage(stage: Stage, tp: Group) -> Forward:
         num_compiled += 1
         return inductor(graph, examples)
 
-    compiled = torch.compile(traced.forward, backend=backend, dynamic=True, fullgraph=True)
+    compiled = torch.compile(traced.decoded, backend=backend, dynamic=True, fullgraph=True)
 
     def forward(x: Tensor, context: ForwardContext) -> Tensor:
         before, started = num_compiled, time.perf_counter()
         _running.context = context
-        output: Tensor = compiled(x, None)
+        output: Tensor = compiled(stage.embedded(x, context), None)
         if num_compiled > before:
             seconds = time.perf_counter() - started
             logger.info("torch.compile took %.1f s, for a batch of %d rows and others like it", seconds, len(x))
@@ -92,13 +94,14 @@ def _with(module: nn.Module, **children: nn.Module) -> Any:
 class _TracedAttention(nn.Module):
     """An attention layer as Dynamo sees it."""
 
-    def __init__(self, attention: Attention):
+    def __init__(self, attention: Attention | LatentAttention):
         super().__init__()
-        self.qkv, self.o, self.local, self.q_width = attention.qkv, attention.o, attention.local, attention.q_width
+        self.attention = attention
 
     def forward(self, x: Tensor, context: None) -> Tensor:
-        attended = torch.ops.infer_opaque.attend(self.qkv(x), self.local, self.q_width)
-        result: Tensor = self.o(attended)
+        own = self.attention
+        attended = torch.ops.infer_opaque.attend(own.project(x), own.local, own.q_width)
+        result: Tensor = own.o(attended)
         return result
 
 
@@ -112,16 +115,19 @@ def _teach_dynamo() -> None:
     substitute(ops.add_rms_norm)(ops.add_rms_norm_reference)
     substitute(ops.act_and_mul)(ops.act_and_mul_reference)
     substitute(Group.all_reduce)(_traced_all_reduce)
+    experts = torch.library.custom_op("infer_opaque::grouped_linear", ops_moe.grouped_linear, mutates_args=())
+    experts.register_fake(_grouped_linear_fake)
+    substitute(ops_moe.grouped_linear)(_traced_grouped_linear)
 
 
-def _attend(qkv: Tensor, local: int, width: int) -> Tensor:
+def _attend(projected: list[Tensor], local: int, width: int) -> Tensor:
     """Attention of the stage's `local`-th layer, between its projections: [T, width]. It writes the cache, too."""
-    attended: Tensor = _running.attentions[local](qkv, _running.context)
-    return attended
+    assert _running.context is not None
+    return _running.attentions[local].attend(projected, _running.context)
 
 
-def _attend_fake(qkv: Tensor, local: int, width: int) -> Tensor:
-    return qkv.new_empty((qkv.shape[0], width))
+def _attend_fake(projected: list[Tensor], local: int, width: int) -> Tensor:
+    return projected[0].new_empty((projected[0].shape[0], width))
 
 
 def _sum_over_ranks(x: Tensor) -> None:
@@ -136,3 +142,12 @@ def _traced_all_reduce(self: Group, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         torch.ops.infer_opaque.sum_over_ranks(tensor)
     return tensor
+
+
+def _grouped_linear_fake(x: Tensor, rows: Tensor | None, starts: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0] if rows is None else rows.shape[0], weight.shape[1]))
+
+
+def _traced_grouped_linear(x: Tensor, rows: Tensor | None, starts: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.infer_opaque.grouped_linear(x, rows, starts, weight)
+    return result

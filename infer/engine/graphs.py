@@ -26,6 +26,7 @@ from infer.config import EngineConfig
 from infer.engine.batch import COUNT, FLAGS, PROMPT_LOGPROBS, SAMPLE, Batch
 from infer.engine.inputs import Inputs, Shape, forward_context, on_device
 from infer.engine.tape import Forward
+from infer.layers.moe import MoE
 from infer.models.decoder import DecoderLayer, Stage
 
 logger = logging.getLogger(__name__)
@@ -73,15 +74,18 @@ def is_decode_only(batch: Batch) -> bool:
 
 def why_off(config: EngineConfig, stage: Stage, tp_size: int, local_world_size: int) -> str:
     """What stands against graphs, for the log; empty where they can be used."""
-    attention = cast(DecoderLayer, stage.layers[0]).attention
-    weight = attention.qkv.weight
-    device, dtype, head_dim = weight.device, weight.dtype, stage.config.head_dim
+    attention, weight = cast(DecoderLayer, stage.layers[0]).attention, next(stage.parameters())
+    device, dtype = weight.device, weight.dtype
     if device.type != "cuda":
         return f"this is a {device.type}"
     if config.enforce_eager:
         return "--enforce-eager"
-    if not native.decode_runs_on_device(attention.num_q, head_dim, dtype, device):
+    if stage.config.mla is not None:
+        return "multi-head latent attention has no CUDA kernel, and its PyTorch form reads lengths back"
+    if not native.decode_runs_on_device(attention.num_q, stage.kv_layout, dtype, device):
         return "some op has no CUDA kernel here, and its PyTorch reference reads lengths back"
+    if any(isinstance(module, MoE) and not module.runs_on_device() for module in stage.modules()):
+        return "the experts' products read back how many rows each has, which only bfloat16 on newer GPUs need not do"
     if tp_size > 1 and local_world_size > torch.cuda.device_count():
         return "ranks share a GPU, so that a layer's sums go through the host, which no graph can hold"
     return ""

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from infer import launch, ops_cuda
+from infer import launch, ops_cuda, ops_gathered
 from infer.cache import pages
 from infer.config import EngineConfig
 from infer.engine.grammar import Grammars, make_grammars
@@ -203,10 +203,8 @@ def _make_runner(
     world: World, config: EngineConfig, model_config: ModelConfig, groups: Groups, stage: Stage, num_blocks: int,
     grammars: Grammars | None,
 ) -> Runner:  # fmt: skip
-    memory = pages.allocate(
-        num_blocks, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers,
-        getattr(torch, model_config.dtype), world.device,
-    )
+    dtype = getattr(torch, model_config.dtype)
+    memory = pages.allocate(num_blocks, config.block_size, stage.kv_layout, stage.num_layers, dtype, world.device)
     sampler = Sampler(groups.tp, stage.vocab_starts) if groups.is_last_stage else None
     return Runner(stage, memory, groups, sampler, num_blocks, config.block_size, world.device, grammars)
 
@@ -244,7 +242,7 @@ def check(config: EngineConfig, world_size: int, program: str) -> tuple[Path, Mo
             f"({max_model_len}) when enable_chunked_prefill is off"
         )
     layers = balanced_layers(model_config, topology.pp_size, config.pipeline_layer_partition)
-    check_tensor_parallel(model_config, topology.tp_size)
+    check_tensor_parallel(model_config, topology.tp_size, config.enable_expert_parallel)
     if config.load_format != "dummy":
         checkpoint = Checkpoint(path)
         for pp, mine in enumerate(layers):
@@ -275,6 +273,7 @@ def _load_stage(
         is_last=groups.is_last_stage,
         dtype=getattr(torch, model_config.dtype),
         device=world.device,
+        expert_parallel=config.enable_expert_parallel,
     )
     source = "random"
     if config.load_format == "dummy":
@@ -300,9 +299,7 @@ def _measure(world: World, config: EngineConfig, model_config: ModelConfig, stag
     has_graphs, max_model_len = _agree_on_graphs(world, config, groups, stage), model_config.max_position
     if world.device.type == "cuda":
         dtype = getattr(torch, model_config.dtype)
-        page = pages.allocate(
-            1, config.block_size, stage.kv_heads, model_config.head_dim, stage.num_layers, dtype, world.device
-        )
+        page = pages.allocate(1, config.block_size, stage.kv_layout, stage.num_layers, dtype, world.device)
         if config.kv_cache_memory_bytes is None and not config.num_gpu_blocks_override:
             peak = _peak_bytes(config, stage, page, max_model_len)
         if has_graphs:  # what they use is theirs alone
@@ -321,7 +318,10 @@ def _peak_bytes(config: EngineConfig, stage: Stage, page: pages.Pages, max_model
     mixed = [rows - sampled + 1] + [1] * (sampled - 1)
     contexts = (_trial_context(page, counts, width, max(rows, max_model_len)) for counts in ([rows], mixed))
     # Here every prompt's keys are in the batch; with cached ones, there may be more to gather.
-    room = ops_cuda.gather_room(page.k[0], num_keys=mixed[0], max_model_len=max_model_len)
+    if stage.kv_layout.values_in_keys:
+        room = ops_gathered.gathered_room(page.k[0], max_model_len)
+    else:
+        room = ops_cuda.gather_room(page.k[0], num_keys=mixed[0], max_model_len=max_model_len)
     return room + max(_trial_bytes(stage, context, sampled) for context in contexts)
 
 

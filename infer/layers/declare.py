@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class Placement:
     """Where this rank's modules are built: its tensor-parallel group, and the dtype and device of their parameters.
 
+    expert_parallel: the group's ranks share out whole experts, not the columns of each.
     On the meta device nothing is allocated, which is how memory is planned.
     """
 
     tp: "Group"
     dtype: torch.dtype
     device: torch.device
+    expert_parallel: bool = False
 
 
 class Layer(nn.Module):
@@ -32,14 +34,21 @@ class Layer(nn.Module):
         super().__init__()
         self.specs: dict[str, WeightSpec] = {}
 
-    def declare(self, name: str, spec: WeightSpec, place: Placement) -> nn.Parameter:
+    def declare(
+        self, name: str, spec: WeightSpec, place: Placement, dtype: torch.dtype | None = None
+    ) -> nn.Parameter:
         """Allocates the part of a parameter that this rank holds, and only that; its values are undefined.
+
+        dtype: where it is not that of the others (None).
 
         To be assigned to the attribute of that name: `self.weight = self.declare("weight", spec, place)`.
         """
         self.specs[name] = spec
-        data = torch.empty(spec.local_shape, dtype=place.dtype, device=place.device)
+        data = torch.empty(spec.local_shape, dtype=dtype or place.dtype, device=place.device)
         return nn.Parameter(data, requires_grad=False)
+
+    def pack(self) -> None:
+        """Once the parameters are loaded: keeps them in the form that is fastest here, if there is one (quant.py)."""
 
 
 def declared(module: nn.Module) -> Iterator[tuple[Tensor, WeightSpec]]:

@@ -1,8 +1,9 @@
-"""The vocabulary-parallel embedding and head: each rank holds an interval of the vocabulary's rows."""
+"""The vocabulary-parallel embedding and head, each rank holding an interval of the vocabulary's rows, and positions."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from infer.layers.declare import Placement
+from infer.layers.declare import Layer, Placement
 from infer.layers.linear import MatrixLayer
 from infer.parallel.placement import Source, WeightSpec, split
 
@@ -53,3 +54,19 @@ class LMHead(MatrixLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.owner[0].matrix.multiply(hidden)
+
+
+class LearnedPositions(Layer):
+    """x [T, hidden] plus the embedding of each token's position. Every rank holds all of it.
+
+    skipped: rows of the checkpoint's table that stand before the one of position 0 (OPT has two).
+    """
+
+    def __init__(self, source: str, num_positions: int, total: int, skipped: int, hidden: int, place: Placement):
+        super().__init__()
+        held = (range(skipped, skipped + num_positions), range(hidden))
+        spec = WeightSpec((Source(f"{source}.weight", (total, hidden), held),))
+        self.weight = self.declare("weight", spec, place)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + F.embedding(positions, self.weight)

@@ -2,60 +2,69 @@
 
 import dataclasses
 import difflib
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from infer.models.fields import Fields
+from infer.cache.layout import KvLayout
+from infer.models.fields import Fields, read_json
+from infer.models.mla_config import MlaConfig
+from infer.models.moe_config import MoeConfig
+from infer.models.names import Names
+from infer.models.recognize import refuse_quantized
+from infer.models.rope import RopeConfig as RopeConfig  # part of a ModelConfig, and imported with it
+from infer.models.rope import read_rope, scaled_length
 
 if TYPE_CHECKING:
     from infer.config import EngineConfig
 
-ACTIVATIONS = {  # config.json's hidden_act -> the kind ops.act_and_mul knows
+GATED_ACTIVATIONS = {  # config.json's hidden_act -> the kind ops.act_and_mul knows
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+ACTIVATIONS = {**GATED_ACTIVATIONS, "relu": "relu"}  # -> the kind ops.activation knows
 DTYPES = ("bfloat16", "float16", "float32")
 
-RopeType = Literal["default", "linear", "llama3", "yarn"]
+QkNorm = Literal["none", "head", "all"]
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+Residual = Literal["pre", "post", "sandwich", "parallel"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding. dim: rotated dimensions of a head. Fields a type does not use keep their default.
+@dataclass(frozen=True)
+class PositionTable:
+    """Learned positions: the checkpoint's table has so many rows, of which `skipped` stand before position 0's."""
 
-    original_max_position is the length the model was trained at, before scaling; nothing here depends on the
-    length served, so that ModelConfig.max_position may be lowered freely.
-    """
-
-    type: RopeType = "default"
-    theta: float = 10000.0
-    dim: int
-    factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None  # None: from factor, mscale and mscale_all_dim (yarn)
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    truncate: bool = True
+    rows: int
+    skipped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder of the Llama family: all that its construction depends on.
+    """A decoder: all that its construction depends on.
 
-    window: for each layer, how many tokens back it sees, its own included; 0 is all of them.
-    max_position: positions [0, max_position) exist. eos_token_ids: any of them ends a text; may be empty.
-    dtype: of weights and activations, "bfloat16", "float16" or "float32".
+    rope            None: no layer rotates. local_rope: that of layers with a window, where it is another
+    nope_layers     layers that do not rotate, whatever the others do
+    window          for each layer, how many tokens back it sees, its own included; 0 is all of them
+    positions       learned positions, added to the embeddings; None: there are none
+    max_position    positions [0, max_position) exist; it may be lowered to the length that is served
+    norm            "rms", "rms_plus_one" (weights are stored less one) or "layer", with a bias
+    residual        where norms stand: "pre" (before each block), "post" (after it, before the addition), "sandwich" (both),
+                    or "parallel": both blocks read the same residual, each through a norm of its own
+    qk_norm         norms of q and k before the rotation: of each "head", or of "all" heads together
+    mla             attention over latents, num_kv_heads being 1 and head_dim a query's; None: over keys and values
+    gated_mlp       act(gate) * up, or else act(up)
+    moe             experts in the place of the feed-forward, in some layers or in all; None: there are none
+    *_scale         factors on the embeddings, on every block's output before it is added, and on the logits;
+                    attention_scale: on q times k (None: head_dim ** -0.5)
+    *_soft_cap      attention scores and logits become cap * tanh(value / cap); 0: they do not
+    eos_token_ids   any of them ends a text; may be empty
+    dtype           of weights and activations, "bfloat16", "float16" or "float32"
     """
 
     architecture: str
@@ -67,23 +76,70 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None
+    local_rope: RopeConfig | None = None
+    nope_layers: frozenset[int] = frozenset()
     max_position: int
     window: tuple[int, ...]
+    positions: PositionTable | None = None
     activation: str = "silu"
     tie_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    mla: MlaConfig | None = None
+    norm: NormKind = "rms"
+    residual: Residual = "pre"
+    qk_norm: QkNorm = "none"
+    gated_mlp: bool = True
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_soft_cap: float = 0.0
+    logit_soft_cap: float = 0.0
+    moe: MoeConfig | None = None
+    names: Names = Names()
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
 
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """What a layer rotates by; None: it does not rotate."""
+        if layer in self.nope_layers:
+            return None
+        return self.local_rope if self.window[layer] and self.local_rope is not None else self.rope
+
+    @property
+    def attention_parameters(self) -> int:
+        """Matrix elements of one layer's attention."""
+        if self.mla is not None:
+            return self.mla.layer_parameters(self.hidden_size, self.num_heads)
+        return 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+
     @property
     def layer_parameters(self) -> int:
-        """Matrix elements of one layer: what computing it costs, per token."""
-        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return self.hidden_size * (attention + 3 * self.intermediate_size)
+        """Matrix elements of one layer with the dense feed-forward: what computing it costs, per token."""
+        return self.attention_parameters + self.hidden_size * self._mlp_columns
+
+    @property
+    def active_parameters(self) -> tuple[int, ...]:
+        """For each layer, the matrix elements that a token meets: of a sparse one, the experts that it goes to."""
+        dense = self.layer_parameters
+        if self.moe is None:
+            return (dense,) * self.num_layers
+        sparse = dense + self.hidden_size * (self.moe.active_columns - self._mlp_columns)
+        return tuple(sparse if is_sparse else dense for is_sparse in self.moe.sparse)
+
+    @property
+    def _mlp_columns(self) -> int:
+        """Of all matrices of the dense feed-forward."""
+        return (3 if self.gated_mlp else 2) * self.intermediate_size
+
+    def kv_layout(self, kv_heads: int) -> KvLayout:
+        """What a layer keeps of a token on a rank with so many KV heads; of latent attention, every rank keeps all."""
+        if self.mla is not None:
+            return KvLayout(1, self.mla.latent_dim, self.mla.kv_lora_rank, values_in_keys=True)
+        return KvLayout(kv_heads, self.head_dim, self.head_dim)
 
 
 def decoder_config(
@@ -92,15 +148,24 @@ def decoder_config(
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     window: tuple[int, ...] | None = None,
+    has_rope: bool = True,
+    rope_theta: float = 10000.0,
+    partial_rotary: float = 1.0,
+    norm_eps: float = 1e-6,
+    activation: str = "silu",
+    gated_mlp: bool = True,
+    tie_embeddings: bool = False,
+    intermediate_size: int | None = None,
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
-    qk_norm: bool = False,
+    qk_norm: QkNorm = "none",
 ) -> ModelConfig:
-    """What every reader shares. The arguments are where families differ.
+    """What every reader shares; what else a family has, its reader replaces in the result.
 
-    num_kv_heads, head_dim: the family's defaults where config.json has none (None: num_attention_heads, and
-    hidden_size / num_attention_heads). window: per layer (None: no layer has one).
+    The arguments are where families differ. From num_kv_heads to intermediate_size those of config.json's fields are the
+    family's defaults, for where it has none (num_kv_heads None: num_attention_heads; head_dim None: hidden_size /
+    num_attention_heads). window: per layer (None: no layer has one).
     """
     num_layers, hidden_size = f.count("num_hidden_layers"), f.count("hidden_size")
     num_heads = f.count("num_attention_heads")
@@ -113,7 +178,8 @@ def decoder_config(
     if head_dim % 2:
         raise f.error("head_dim", "must be even: rotary embedding turns pairs of dimensions")
     max_position = f.count("max_position_embeddings")
-    rope = read_rope(f, head_dim, max_position)
+    rope = read_rope(f, head_dim, max_position, theta=rope_theta, partial=partial_rotary) if has_rope else None
+    activations = GATED_ACTIVATIONS if gated_mlp else ACTIVATIONS
     return ModelConfig(
         architecture=architecture_of(f),
         vocab_size=f.count("vocab_size"),
@@ -122,13 +188,14 @@ def decoder_config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=f.count("intermediate_size"),
-        norm_eps=f.number("rms_norm_eps", 1e-6),
+        intermediate_size=f.count("intermediate_size", intermediate_size),
+        norm_eps=f.number("rms_norm_eps", norm_eps),
         rope=rope,
-        max_position=max(max_position, _scaled_length(rope)),
+        max_position=max_position if rope is None else max(max_position, scaled_length(rope)),
         window=window or (0,) * num_layers,
-        activation=ACTIVATIONS[f.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
-        tie_embeddings=f.flag("tie_word_embeddings", False),
+        activation=ACTIVATIONS[f.choice("hidden_act", tuple(activations), activation)],
+        gated_mlp=gated_mlp,
+        tie_embeddings=f.flag("tie_word_embeddings", tie_embeddings),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -136,74 +203,27 @@ def decoder_config(
     )
 
 
+def layer_windows(f: Fields, size: int, default: Sequence[int]) -> tuple[int, ...]:
+    """For each layer: size where `layer_types` says "sliding_attention", 0 where it says "full_attention"; the default
+    without it."""
+    kinds = f.get("layer_types")
+    if kinds is None:
+        return tuple(default)
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != len(default) or any(kind not in known for kind in kinds):
+        raise f.error("layer_types", f"must be a list of {len(default)} of {' and '.join(known)}")
+    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def alternating_windows(f: Fields, size: int, every: int) -> tuple[int, ...]:
+    """As layer_windows; without layer_types, layer number `every`, counted from 1, and its multiples see all."""
+    return layer_windows(f, size, [size if number % every else 0 for number in range(1, f.count("num_hidden_layers") + 1)])
+
+
 def sliding_window(f: Fields) -> int:
     """The `sliding_window` of families that have one. An absent one is 4096, as in their own code; null is none (0)."""
     disabled = "sliding_window" in f.data and f.get("sliding_window") is None
     return 0 if disabled else f.count("sliding_window", 4096)
-
-
-def read_rope(f: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """The `rope_parameters` of config.json. Raises ValueError for a type other than ROPE_TYPES."""
-    r = f.section("rope_parameters")
-    nested = [name for name, value in r.data.items() if isinstance(value, dict)]
-    if nested:
-        raise f.error("rope_parameters", f"must not differ by layer ({', '.join(nested)}); that is not supported")
-    kind = cast(RopeType, r.choice("rope_type", tuple(ROPE_TYPES), "default"))
-    dim = int(head_dim * r.number("partial_rotary_factor", 1.0))
-    if dim % 2 or not 0 < dim <= head_dim:
-        raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
-    scaling = ROPE_TYPES[kind](f, r, max_position)
-    return RopeConfig(type=kind, theta=r.number("rope_theta", 10000.0), dim=dim, **scaling)
-
-
-def _scaled_length(rope: RopeConfig) -> int:
-    """The length scaling was made for. With yarn, config.json often keeps the one before (Qwen 2.5's instructions)."""
-    return int(rope.original_max_position * rope.factor) if rope.type == "yarn" else 0
-
-
-def _original_max_position(f: Fields, r: Fields, max_position: int) -> int:
-    """The length before scaling. One beside the rotary section, as some checkpoints have it, wins over one inside."""
-    inside = r.count("original_max_position_embeddings", max_position)
-    return f.count("original_max_position_embeddings", inside)
-
-
-def _default_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    return {}
-
-
-def _linear_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    return {"factor": r.number("factor")}
-
-
-def _llama3_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    return {
-        "factor": r.number("factor"),
-        "low_freq_factor": r.number("low_freq_factor"),
-        "high_freq_factor": r.number("high_freq_factor"),
-        "original_max_position": _original_max_position(f, r, max_position),
-    }
-
-
-def _yarn_scaling(f: Fields, r: Fields, max_position: int) -> dict[str, Any]:
-    original = _original_max_position(f, r, max_position)
-    return {
-        "factor": r.number("factor", max_position / original),
-        "beta_fast": r.number("beta_fast", 32.0),
-        "beta_slow": r.number("beta_slow", 1.0),
-        "attention_factor": r.number("attention_factor", 0.0) or None,
-        "mscale": r.number("mscale", 0.0),
-        "mscale_all_dim": r.number("mscale_all_dim", 0.0),
-        "truncate": r.flag("truncate", True),
-        "original_max_position": original,
-    }
-
-
-ROPE_TYPES: dict[str, Callable[[Fields, Fields, int], dict[str, Any]]] = {
-    "default": _default_scaling,
-    "linear": _linear_scaling,
-    "llama3": _llama3_scaling,
-    "yarn": _yarn_scaling,
-}
 
 
 def architecture_of(f: Fields) -> str:
@@ -225,36 +245,17 @@ def load_model_config(path: Path, config: "EngineConfig") -> ModelConfig:
     from infer.models import reader_of
 
     file = path / "config.json"
-    overrides = _current_names(config.hf_overrides or {}, "hf_overrides")
-    f = Fields(file, _overlay(_current_names(read_json(file), str(file)), overrides))
-    for name in ("quantization_config", "compression_config"):
-        if (quantization := f.get(name)) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise ValueError(f"{file}: {name} (method {method}): quantized checkpoints are not supported; "
-                             f"use the original in bfloat16, float16 or float32")  # fmt: skip
-    c = reader_of(architecture_of(f), file)(f)
+    overrides = current_names(config.hf_overrides or {}, "hf_overrides")
+    f = Fields(file, _overlay(current_names(read_json(file), str(file)), overrides))
+    refuse_quantized(f)
+    c = reader_of(architecture_of(f), file, f.get("auto_map"))(f)
     dtype = _read_dtype(f, config.dtype)
     eos = _read_eos(path, f, overrides, c.vocab_size)
     _refuse_unread(f, overrides, config.hf_overrides or {}, c.architecture)
     return dataclasses.replace(c, dtype=dtype, eos_token_ids=eos)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError that names the file."""
-    try:
-        data = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; --model must be a Hugging Face checkpoint directory") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(data).__name__}")
-    return data
-
-
-def _current_names(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def current_names(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The same with the names of transformers 5: `dtype`, and one `rope_parameters` for all that is rotary."""
     data = dict(raw)
     if "torch_dtype" in data:

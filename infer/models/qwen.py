@@ -1,6 +1,6 @@
 """Qwen 2, 2.5 and 3 (dense): Llama with biases on q, k and v (2), or norms on q and k (3)."""
 
-from infer.models.config import ModelConfig, decoder_config, sliding_window
+from infer.models.config import ModelConfig, decoder_config, layer_windows, sliding_window
 from infer.models.fields import Fields
 
 
@@ -10,7 +10,7 @@ def read_qwen2(f: Fields) -> ModelConfig:
 
 def read_qwen3(f: Fields) -> ModelConfig:
     bias = f.flag("attention_bias", False)
-    return decoder_config(f, head_dim=128, window=_window(f), qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return decoder_config(f, head_dim=128, window=_window(f), qkv_bias=bias, o_bias=bias, qk_norm="head")
 
 
 def _window(f: Fields) -> tuple[int, ...]:
@@ -18,13 +18,7 @@ def _window(f: Fields) -> tuple[int, ...]:
     max_window_layers on (the name notwithstanding)."""
     num_layers, first = f.count("num_hidden_layers"), f.get("max_window_layers")
     size = sliding_window(f) if f.flag("use_sliding_window", False) else 0
-    kinds = f.get("layer_types")
-    if kinds is None:
-        first = 28 if first is None else first
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise f.error("max_window_layers", "must be an integer of at least 0")
-        return tuple(size if layer >= first else 0 for layer in range(num_layers))
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
-        raise f.error("layer_types", f"must be a list of {num_layers} of {' and '.join(known)}")
-    return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
+    first = 28 if first is None else first
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise f.error("max_window_layers", "must be an integer of at least 0")
+    return layer_windows(f, size, [size if layer >= first else 0 for layer in range(num_layers)])

@@ -3,13 +3,19 @@
 from pathlib import Path
 
 from infer.config import EngineConfig
-from infer.hub import resolve_model, resolve_tokenizer
+from infer.hub import existing_directory, resolve_model, resolve_tokenizer
 from infer.models.config import ModelConfig, load_model_config
 
 
-def read_model(config: EngineConfig) -> tuple[Path, ModelConfig]:
-    """The model's directory, fetched from the Hub if needed, and its config. Raises ValueError."""
-    weights = config.load_format != "dummy"
+def read_model(config: EngineConfig, *, weights: bool | None = None) -> tuple[Path, ModelConfig]:
+    """The model's directory, fetched from the Hub if needed, and its config. Raises ValueError.
+
+    weights: whether they are fetched too (None: unless load_format makes them up).
+    """
+    weights = config.load_format != "dummy" if weights is None else weights
+    if weights and existing_directory(config.model) is None:
+        # From the Hub the config comes first: what cannot be run is refused before its weights are fetched.
+        read_model(config, weights=False)
     path = resolve_model(config.model, config.revision, config.download_dir, weights=weights)
     model_config = load_model_config(path, config)
     if config.max_model_len is not None and config.max_model_len > model_config.max_position:

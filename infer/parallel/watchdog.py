@@ -31,6 +31,7 @@ import torch.distributed as dist
 from infer import launch
 from infer.parallel import peers
 from infer.parallel.peers import AwakeClock, Fault, Identity, Limits, PeerState, Standing
+from infer.signals import Order
 
 if TYPE_CHECKING:
     from infer.parallel.groups import World
@@ -70,6 +71,7 @@ class Watchdog:
         counts_computing = world.device.type == "cpu"
         self._own = Standing(self._world[self._rank], self._clock, self._limits, counts_computing)
         self._before_end: list[Callable[[], object]] = []
+        self._when_ordered: Callable[[PeerState], object] | None = None
         # What follows changes, or is read for a decision, under _changed.
         self._changed = threading.Condition()
         self._heard: dict[int, tuple[PeerState, float]] = {}  # of every other rank, and when, by _clock
@@ -125,6 +127,41 @@ class Watchdog:
         """Has something done before this process ends for another's loss, within LAST_SECONDS, on another thread."""
         self._before_end.append(do)
 
+    def pass_on(self, order: Order) -> None:
+        """Tells the others that a signal has asked this rank to do something; rank 0 decides what becomes of it.
+
+        From now on rank 0 may end at any time, and this rank with it, without a word.
+        """
+        with self._changed:
+            self._own.order = max(self._own.order, order)
+            self._urgent += 1
+            self._changed.notify_all()
+
+    def when_ordered(self, do: Callable[[PeerState], object]) -> None:
+        """Calls `do`, on another thread, when a rank has passed on an order, or a more urgent one than before."""
+        self._when_ordered = do
+
+    def is_any_lost(self) -> bool:
+        """Whether another rank is lost, as far as that can be told at once: for a signal's meaning.
+
+        torchrun's SIGTERM comes to every rank when its user wants an end, and to the others when one of its ranks has
+        failed, often before a closed connection shows. In the second case torchrun has waited for that rank before, so
+        the process exists no more; in the first no process is gone, as ranks outlast the signal. Ranks of another
+        torchrun need not be looked for: their end makes this rank's torchrun send nothing. (Where torchrun restarts
+        ranks because a node joins, nobody is lost, and they stop as if told to.)
+        """
+        with self._changed:
+            if self._verdict:
+                return True
+            left = set(self._left)
+        machine = self._world[self._rank].machine
+        neighbours = [who for who in self._world if machine and who.machine == machine and who.rank not in left]
+        return any(not launch.is_alive(f"{who.pid}-{who.start_time}") for who in neighbours)
+
+    def is_elsewhere(self, rank: int) -> bool:
+        """Whether that rank is on another machine, and so under another torchrun."""
+        return self._world[rank].machine != self._world[self._rank].machine or not self._world[self._rank].machine
+
     def table(self) -> list[PeerState]:
         """Every rank as last heard of, by rank. On rank 0 at first hand, elsewhere as rank 0 last told."""
         with self._changed:
@@ -170,13 +207,19 @@ class Watchdog:
             while not farewell:
                 table, farewell = self._receive(rank, num_rows)
                 with self._changed:
-                    now = self._clock.now()
+                    now, orders = self._clock.now(), []
                     for peer in table:
                         if peer.rank != self._rank:
+                            before = self._heard.get(peer.rank)
+                            if before is not None and peer.order > before[0].order:
+                                orders.append(peer)
                             self._heard[peer.rank] = (peer, now - peer.age_seconds)
                     if farewell:
                         self._left.add(rank)
                     self._rule([peer for peer in table if peer.fault])
+                for peer in orders:
+                    if self._when_ordered is not None:
+                        self._when_ordered(peer)
 
     def _speak(self, rank: int) -> None:
         """Tells a rank of this one, and rank 0 of all, once a beat and when there is news, until the end."""
@@ -283,8 +326,10 @@ class Watchdog:
 
         def last() -> None:
             launch.exit_if_failed_before(self._env)  # a user's error: the rank that is gone has told it
+            is_expected = self._own.order and [(peer.rank, peer.fault) for peer in blamed] == [(0, Fault.GONE)]
             with contextlib.suppress(OSError, ValueError):
-                os.write(sys.stderr.fileno(), line.encode(errors="backslashreplace"))
+                if not is_expected:
+                    os.write(sys.stderr.fileno(), line.encode(errors="backslashreplace"))
                 sys.stdout.flush()
             for do in self._before_end:
                 do()

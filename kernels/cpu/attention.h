@@ -22,10 +22,10 @@ struct Pages {
 template <class T>
 struct Attention {
   const T* q;  // [T, num_q, dim] by q_row_stride, q_head_stride
-  T* out;      // [T, num_q, dim], contiguous
+  T* out;      // [T, num_q, value_dim], contiguous
   Pages<T> k, v;
   const int32_t* block_table;  // [S, max_blocks]
-  int64_t q_row_stride, q_head_stride, table_stride, block_size, num_q, dim, window;
+  int64_t q_row_stride, q_head_stride, table_stride, block_size, num_q, dim, value_dim, window;
   float scale, soft_cap;
 };
 
@@ -38,7 +38,7 @@ struct AttentionTask {
   int64_t row_begin, row_end;  // rows of q
   int64_t first_position;      // of row_begin
   int64_t key_begin, key_end;
-  // Null: write to out. Else room for the chunk's queries, each `dim` unnormalized sums, maximum and sum of weights.
+  // Null: write to out. Else room for the chunk's queries, each `value_dim` unnormalized sums, maximum and sum of weights.
   float* partial;
 
   int64_t num_queries() const { return (row_end - row_begin) * num_heads; }
@@ -46,33 +46,34 @@ struct AttentionTask {
 
 // Float32 working memory for one thread; `queries` is the most that any task has.
 struct AttentionScratch {
-  float *q, *scores, *sums;   // [queries, padded_dim], [queries, tile_keys], [queries, padded_dim]
+  float *q, *scores, *sums;   // [queries, padded_dim], [queries, tile_keys], [queries, padded_value_dim]
   float *maximum, *weight;    // [queries]
   float *k, *k_transposed;    // [tile_keys, padded_dim], [padded_dim, tile_keys]
-  float* v;                   // [tile_keys, padded_dim]
-  float* zero;                // [padded_dim], zeros; the rest is written before it is read
+  float* v;                   // [tile_keys, padded_value_dim]
+  float* zero;                // zeros, as many as a key or a value has; the rest is written before it is read
 
   static int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
-  static int64_t size(int64_t queries, int64_t dim) {
-    const int64_t columns = padded(dim), padded_queries = padded(queries);
-    return queries * (2 * columns + tile_keys) + 2 * padded_queries + 3 * tile_keys * columns + columns;
+  static int64_t size(int64_t queries, int64_t dim, int64_t value_dim) {
+    const int64_t columns = padded(dim), values = padded(value_dim);
+    return queries * (columns + values + tile_keys) + 2 * padded(queries) + tile_keys * (2 * columns + values) +
+           std::max(columns, values);
   }
 
-  // Over `memory`, size(queries, dim) floats.
-  AttentionScratch(float* memory, int64_t queries, int64_t dim) {
-    const int64_t columns = padded(dim), padded_queries = padded(queries);
+  // Over `memory`, size(queries, dim, value_dim) floats.
+  AttentionScratch(float* memory, int64_t queries, int64_t dim, int64_t value_dim) {
+    const int64_t columns = padded(dim), values = padded(value_dim), padded_queries = padded(queries);
     const auto take = [&memory](int64_t count) { return std::exchange(memory, memory + count); };
     q = take(queries * columns);
     scores = take(queries * tile_keys);
-    sums = take(queries * columns);
+    sums = take(queries * values);
     maximum = take(padded_queries);
     weight = take(padded_queries);
     k = take(tile_keys * columns);
     k_transposed = take(tile_keys * columns);
-    v = take(tile_keys * columns);
-    zero = take(columns);
-    std::fill_n(zero, columns, 0.0f);
+    v = take(tile_keys * values);
+    zero = take(std::max(columns, values));
+    std::fill_n(zero, std::max(columns, values), 0.0f);
   }
 };
 

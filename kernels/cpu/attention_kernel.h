@@ -7,6 +7,9 @@ namespace infer::INFER_ISA {
 constexpr int64_t transpose_from_queries = 12;
 constexpr int vectors_per_step = width == 16 ? 4 : 2;  // what the registers hold beside four queries
 
+// Dimensions in whole vectors; zeros beyond dim.
+INFER_INLINE int64_t whole_vectors(int64_t dim) { return (dim + width - 1) / width * width; }
+
 // A row of `dim` elements as float32: in place where it is float32 already and needs no padding, else in `copy`.
 template <class T>
 INFER_INLINE const float* widen_row(const T* row, float* copy, int64_t dim) {
@@ -51,12 +54,13 @@ INFER_INLINE void widen_rows(const T* const* rows, float* copy, int64_t columns,
 // holds as many rows: small enough to stay in the first-level cache.
 template <class T>
 INFER_INLINE void score_rows(const float* q, int64_t queries, const T* const* rows, float* copy, int64_t dim,
-                             int64_t used, int64_t columns, int64_t num_keys, float* scores, const T* const* ahead) {
+                             int64_t used, int64_t columns, int64_t num_keys, float* scores, const T* const* ahead,
+                             int64_t ahead_dim) {
   for (int64_t j = 0; j < num_keys; j += width) {
     const float* wide[width];
     for (int i = 0; i < width; ++i) {
       wide[i] = widen_row(rows[j + i], copy + i * columns, dim);
-      prefetch(ahead[j + i], dim);
+      prefetch(ahead[j + i], ahead_dim);
     }
     for (int64_t m = 0; m < queries; ++m) {
       VFloat products[width] = {};
@@ -186,8 +190,10 @@ INFER_INLINE void soften(float* scores, int64_t begin, int64_t end, float soft_c
 
 template <class T>
 INFER_INLINE void attend_tile(const Attention<T>& a, const AttentionTask& task, const AttentionScratch& s,
-                              int64_t tile, int64_t columns, int64_t used) {
+                              int64_t tile) {
   const int64_t queries = task.num_queries();
+  const int64_t columns = AttentionScratch::padded(a.dim), used = whole_vectors(a.dim);
+  const int64_t value_columns = AttentionScratch::padded(a.value_dim), value_used = whole_vectors(a.value_dim);
   const int64_t begin = std::max(tile, task.key_begin), end = std::min(tile + tile_keys, task.key_end);
   const bool few = queries < transpose_from_queries, more = end < task.key_end;
   const T *k_pages[tile_keys], *v_pages[tile_keys], *next_pages[tile_keys];
@@ -195,7 +201,8 @@ INFER_INLINE void attend_tile(const Attention<T>& a, const AttentionTask& task, 
   locate_rows(a, task, a.k, tile, begin, end, s.zero, k_pages);
   locate_rows(a, task, a.v, tile, begin, end, s.zero, v_pages);
   if (few) {
-    score_rows(s.q, queries, k_pages, s.k, a.dim, used, columns, end - tile, s.scores, v_pages);
+    score_rows(s.q, queries, k_pages, s.k, a.dim, used, columns, end - tile, s.scores, v_pages,
+               a.value_dim);
   } else {
     widen_rows(k_pages, s.k, columns, a.dim, wide);
     transpose_tile(wide, used, s.k_transposed);
@@ -212,47 +219,47 @@ INFER_INLINE void attend_tile(const Attention<T>& a, const AttentionTask& task, 
     const int64_t first = a.window > 0 ? std::max(begin, position - a.window + 1) : begin;
     const int64_t stop = std::min(end, position + 1);
     soften(s.scores + m * tile_keys, first - tile, stop - tile, a.soft_cap, s.maximum + m, s.weight + m,
-           s.sums + m * columns, used);
+           s.sums + m * value_columns, value_used);
   }
   const T* const* ahead = few && more ? next_pages : nullptr;
   if (ahead != nullptr) {
     locate_rows(a, task, a.k, end, end, std::min(end + tile_keys, task.key_end), s.zero, next_pages);
   }
-  if (few && a.dim % width == 0) {
-    add_all_values(s, queries, v_pages, begin - tile, end - tile, used, columns, ahead, a.dim);
+  if (few && a.value_dim % width == 0) {
+    add_all_values(s, queries, v_pages, begin - tile, end - tile, value_used, value_columns, ahead, a.dim);
   } else {
-    widen_rows(v_pages, s.v, columns, a.dim, wide);
-    add_all_values(s, queries, wide, begin - tile, end - tile, used, columns, ahead, a.dim);
+    widen_rows(v_pages, s.v, value_columns, a.value_dim, wide);
+    add_all_values(s, queries, wide, begin - tile, end - tile, value_used, value_columns, ahead, a.dim);
   }
 }
 
 template <class T>
 INFER_TARGET void attend(const Attention<T>& a, const AttentionTask& task, const AttentionScratch& s) {
   const int64_t queries = task.num_queries(), columns = AttentionScratch::padded(a.dim);
-  const int64_t used = (a.dim + width - 1) / width * width;  // dimensions in whole vectors; zeros beyond dim
+  const int64_t value_columns = AttentionScratch::padded(a.value_dim), value_used = whole_vectors(a.value_dim);
   for (int64_t m = 0; m < queries; ++m) {
     const int64_t row = task.row_begin + m / task.num_heads, head = task.heads[m % task.num_heads];
     const T* q = a.q + row * a.q_row_stride + head * a.q_head_stride;
     for (int64_t d = 0; d < a.dim; d += width) store(s.q + m * columns + d, load_n(q + d, a.dim - d) * a.scale);
-    for (int64_t d = 0; d < used; d += width) store(s.sums + m * columns + d, VFloat{});
+    for (int64_t d = 0; d < value_used; d += width) store(s.sums + m * value_columns + d, VFloat{});
     s.maximum[m] = -INFINITY;
     s.weight[m] = 0.0f;
   }
   for (int64_t tile = task.key_begin / tile_keys * tile_keys; tile < task.key_end; tile += tile_keys) {
-    attend_tile(a, task, s, tile, columns, used);
+    attend_tile(a, task, s, tile);
   }
   for (int64_t m = 0; m < queries; ++m) {
-    const float* sums = s.sums + m * columns;
+    const float* sums = s.sums + m * value_columns;
     if (task.partial != nullptr) {
-      float* partial = task.partial + m * (a.dim + 2);
-      std::memcpy(partial, sums, a.dim * sizeof(float));
-      partial[a.dim] = s.maximum[m];
-      partial[a.dim + 1] = s.weight[m];
+      float* partial = task.partial + m * (a.value_dim + 2);
+      std::memcpy(partial, sums, a.value_dim * sizeof(float));
+      partial[a.value_dim] = s.maximum[m];
+      partial[a.value_dim + 1] = s.weight[m];
       continue;
     }
     const int64_t row = task.row_begin + m / task.num_heads, head = task.heads[m % task.num_heads];
-    T* out = a.out + (row * a.num_q + head) * a.dim;
-    for (int64_t d = 0; d < a.dim; d += width) store_n(out + d, load(sums + d) / s.weight[m], a.dim - d);
+    T* out = a.out + (row * a.num_q + head) * a.value_dim;
+    for (int64_t d = 0; d < a.value_dim; d += width) store_n(out + d, load(sums + d) / s.weight[m], a.value_dim - d);
   }
 }
 

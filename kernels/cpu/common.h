@@ -55,6 +55,24 @@ inline void check_dim(const char* op, const char* name, const at::Tensor& t, int
   TORCH_CHECK_VALUE(t.dim() == dim, op, ": ", name, " has shape ", t.sizes(), ", must have ", dim, " dimensions");
 }
 
+// The weight of a norm of tensors of `dtype`: it has that dtype, or is float.
+inline void check_norm_weight(const char* op, const char* name, const at::Tensor& weight, at::ScalarType dtype,
+                              int64_t size) {
+  check_tensor(op, name, weight, weight.scalar_type() == at::kFloat ? at::kFloat : dtype, {size});
+}
+
+// Calls run(T{}, W{}): T stands for `dtype`, W for the weight's, which check_norm_weight has looked at.
+template <class Run>
+void for_norm_dtypes(const char* op, at::ScalarType dtype, const at::Tensor& weight, Run&& run) {
+  for_dtype(op, dtype, [&](auto type) {
+    if (weight.scalar_type() == at::kFloat) {
+      run(type, float{});
+    } else {
+      run(type, type);
+    }
+  });
+}
+
 // Rows of `cost` elements each that are worth a thread of their own.
 inline int64_t grain_size(int64_t cost) {
   constexpr int64_t elements_per_thread = 16384;

@@ -1,30 +1,7 @@
 // packed_linear: the product of activations with weights that were packed when they were loaded.
-#include <algorithm>
 #include <vector>
 
-#include "common.h"
-
-namespace infer {
-
-constexpr int linear_lanes = 16;          // outputs of a block; infer/quant.py packs by it
-constexpr int linear_tile_outputs = 64;   // outputs a thread works on at a time, at most
-constexpr int64_t linear_stretch = 2048;  // packs a tile adds before it moves on: 64 outputs of them stay in L2
-constexpr int64_t linear_ahead = 512;     // weights fetched ahead where memory is the limit: 8% at one row
-constexpr int64_t linear_chunk_bytes = 400 << 10;  // of activations that stay in L2 while the weights pass
-
-template <class T>
-struct LinearTask {
-  const float* x;  // [rows, x_stride], inputs beyond the last are zero
-  int64_t rows, x_stride;
-  int64_t chunk_rows;  // rows that the weights pass at a time
-  const T* packed;
-  int64_t block_stride, packs;  // elements of a block; packs of inputs in a block
-  const T* bias;                // [outputs] or null
-  T* out;                       // [rows, outputs]
-  int64_t outputs;
-};
-
-}  // namespace infer
+#include "linear.h"
 
 #define INFER_KERNEL "linear_kernel.h"
 #include "foreach_isa.h"
@@ -56,9 +33,11 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const st
                     " outputs do not fill ", blocks, " blocks of ", linear_lanes);
   TORCH_CHECK_VALUE(x.size(1) <= columns && columns < x.size(1) + pack, "packed_linear: x has ", x.size(1),
                     " columns, the weights ", columns);
-  check_tensor("packed_linear", "x", x, packed.scalar_type(), {rows, x.size(1)});
+  // Activations may be of fewer bits than the weights; they are widened before they are multiplied anyway.
+  const bool widens = x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kFloat;
+  check_tensor("packed_linear", "x", x, widens ? at::kBFloat16 : packed.scalar_type(), {rows, x.size(1)});
   if (bias) check_tensor("packed_linear", "bias", *bias, packed.scalar_type(), {outputs});
-  at::Tensor out = at::empty({rows, outputs}, x.options());
+  at::Tensor out = at::empty({rows, outputs}, packed.options());
   if (rows == 0) return out;
   static thread_local std::vector<float> room;  // kept: a step makes hundreds of calls
   int64_t stride = 0;
@@ -67,11 +46,9 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const st
     using T = decltype(type);
     TORCH_CHECK_VALUE(pack == int64_t(sizeof(float) / sizeof(T)), "packed_linear: packed has ", pack,
                       " inputs together, must have ", sizeof(float) / sizeof(T));
-    constexpr int64_t least_chunk = 48;  // under that, the weights would pass too often
-    const int64_t fitting = linear_chunk_bytes / (columns * int64_t(sizeof(float))) / 8 * 8;
-    const int64_t chunk_rows = std::min(rows, std::max(fitting, least_chunk));
+    const int64_t chunk_rows = linear_chunk_rows(rows, columns);
     const LinearTask<T> task{wide, rows, stride, chunk_rows, data<T>(packed), packed.stride(0), packs,
-                             bias ? data<T>(*bias) : nullptr, mutable_data<T>(out), outputs};
+                             bias ? data<T>(*bias) : nullptr, mutable_data<T>(out), outputs, outputs};
     const auto run = INFER_SELECT(linear_blocks<T>);
     at::parallel_for(0, blocks, grain_size(rows * columns * linear_lanes / 8), [&](int64_t begin, int64_t end) {
       static thread_local std::vector<float> memory;  // kept

@@ -127,7 +127,7 @@ INFER_TARGET void linear_chunk(const LinearTask<T>& task, int64_t row, int64_t r
   }
   const int64_t begin = block * linear_lanes, count = std::min(blocks * linear_lanes, task.outputs - begin);
   for (int64_t r = 0; r < rows; ++r) {
-    T* out = task.out + (row + r) * task.outputs + begin;
+    T* out = task.out + (row + r) * task.out_stride + begin;
     for (int64_t i = 0; i < count; i += width) {
       VFloat value = load(sums + r * linear_tile_outputs + i);
       if (task.bias) value += load_n(task.bias + begin + i, count - i);

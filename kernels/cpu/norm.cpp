@@ -13,12 +13,14 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   check_dim("rms_norm", "x", x, 2);
   const int64_t rows = x.size(0), hidden = x.size(1);
   check_tensor("rms_norm", "x", x, x.scalar_type(), {rows, hidden});
-  check_tensor("rms_norm", "weight", weight, x.scalar_type(), {hidden});
+  check_norm_weight("rms_norm", "weight", weight, x.scalar_type(), hidden);
   at::Tensor out = at::empty({rows, hidden}, x.options());
-  for_dtype("rms_norm", x.scalar_type(), [&](auto type) {
+  for_norm_dtypes("rms_norm", x.scalar_type(), weight, [&](auto type, auto weight_type) {
     using T = decltype(type);
-    const auto run = INFER_SELECT(rms_norm_row<T>);
-    const T *in = data<T>(x), *w = data<T>(weight);
+    using W = decltype(weight_type);
+    const auto run = INFER_SELECT(rms_norm_row<T, W>);
+    const T* in = data<T>(x);
+    const W* w = data<W>(weight);
     T* dst = mutable_data<T>(out);
     const int64_t stride = x.stride(0);
     at::parallel_for(0, rows, grain_size(hidden), [&](int64_t begin, int64_t end) {
@@ -34,12 +36,14 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
   const int64_t rows = x.size(0), hidden = x.size(1);
   check_tensor("add_rms_norm", "x", x, x.scalar_type(), {rows, hidden});
   check_tensor("add_rms_norm", "residual", residual, x.scalar_type(), {rows, hidden});
-  check_tensor("add_rms_norm", "weight", weight, x.scalar_type(), {hidden});
+  check_norm_weight("add_rms_norm", "weight", weight, x.scalar_type(), hidden);
   at::Tensor normed = at::empty({rows, hidden}, x.options()), sum = at::empty({rows, hidden}, x.options());
-  for_dtype("add_rms_norm", x.scalar_type(), [&](auto type) {
+  for_norm_dtypes("add_rms_norm", x.scalar_type(), weight, [&](auto type, auto weight_type) {
     using T = decltype(type);
-    const auto run = INFER_SELECT(add_rms_norm_row<T>);
-    const T *in = data<T>(x), *res = data<T>(residual), *w = data<T>(weight);
+    using W = decltype(weight_type);
+    const auto run = INFER_SELECT(add_rms_norm_row<T, W>);
+    const T *in = data<T>(x), *res = data<T>(residual);
+    const W* w = data<W>(weight);
     T *out = mutable_data<T>(normed), *total = mutable_data<T>(sum);
     const int64_t stride = x.stride(0), res_stride = residual.stride(0);
     at::parallel_for(0, rows, grain_size(hidden), [&](int64_t begin, int64_t end) {

@@ -29,11 +29,11 @@ T* slot_data(const at::Tensor& pages, int64_t slot) {
   return mutable_data<T>(pages) + slot / block_size * pages.stride(0) + slot % block_size * pages.stride(1);
 }
 
-template <class T>
-void run(const at::Tensor& qkv, const at::Tensor& positions, const at::Tensor& cos_sin, const T* q_norm,
-         const T* k_norm, float eps, const at::Tensor& k_pages, const at::Tensor& v_pages, const at::Tensor& slots,
+template <class T, class W>
+void run(const at::Tensor& qkv, const at::Tensor& positions, const at::Tensor& cos_sin, const W* q_norm,
+         const W* k_norm, float eps, const at::Tensor& k_pages, const at::Tensor& v_pages, const at::Tensor& slots,
          int64_t num_q, int64_t num_kv, const at::Tensor& q_out) {
-  const auto rotate = INFER_SELECT(rotate_head<T>);
+  const auto rotate = INFER_SELECT(rotate_head<T, W>);
   const int64_t dim = k_pages.size(3), half = cos_sin.size(1) / 2;
   const int64_t *pos = data<int64_t>(positions), *slot = data<int64_t>(slots);
   at::parallel_for(0, qkv.size(0), grain_size(qkv.size(1)), [&](int64_t begin, int64_t end) {
@@ -75,14 +75,17 @@ at::Tensor rotary_write_kv(const at::Tensor& qkv, const at::Tensor& positions, c
   check_tensor(op, "cos_sin", cos_sin, at::kFloat, {cos_sin.size(0), rot_dim});
   check_tensor(op, "k_pages", k_pages, dtype, {k_pages.size(0), k_pages.size(1), num_kv, dim});
   check_tensor(op, "v_pages", v_pages, dtype, k_pages.sizes());
-  if (q_norm) check_tensor(op, "q_norm", *q_norm, dtype, {dim});
-  if (k_norm) check_tensor(op, "k_norm", *k_norm, dtype, {dim});
+  if (q_norm) check_norm_weight(op, "q_norm", *q_norm, dtype, dim);
+  if (k_norm) check_norm_weight(op, "k_norm", *k_norm, dtype, dim);
+  TORCH_CHECK_VALUE(!q_norm || !k_norm || q_norm->scalar_type() == k_norm->scalar_type(), op,
+                    ": q_norm and k_norm must have the same dtype");
   check_indices(positions, slots, cos_sin.size(0), k_pages.size(0) * k_pages.size(1));
   at::Tensor q = at::empty({num_tokens, num_q, dim}, qkv.options());
-  for_dtype(op, dtype, [&](auto type) {
+  for_norm_dtypes(op, dtype, q_norm ? *q_norm : k_norm ? *k_norm : qkv, [&](auto type, auto weight_type) {
     using T = decltype(type);
-    run<T>(qkv, positions, cos_sin, q_norm ? data<T>(*q_norm) : nullptr, k_norm ? data<T>(*k_norm) : nullptr, eps,
-           k_pages, v_pages, slots, num_q, num_kv, q);
+    using W = decltype(weight_type);
+    run<T, W>(qkv, positions, cos_sin, q_norm ? data<W>(*q_norm) : nullptr, k_norm ? data<W>(*k_norm) : nullptr, eps,
+              k_pages, v_pages, slots, num_q, num_kv, q);
   });
   return q;
 }

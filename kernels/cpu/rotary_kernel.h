@@ -5,8 +5,8 @@ namespace infer::INFER_ISA {
 
 // Norms (where `norm` is given) and rotates one head of `dim` elements from x to out; half = rot_dim / 2 cosines and
 // as many sines stand at cos_sin. `scratch` holds `dim` elements.
-template <class T>
-INFER_TARGET void rotate_head(const T* x, const T* norm, const float* cos_sin, T* scratch, T* out, int64_t dim,
+template <class T, class W>
+INFER_TARGET void rotate_head(const T* x, const W* norm, const float* cos_sin, T* scratch, T* out, int64_t dim,
                               int64_t half, float eps) {
   if (norm != nullptr) {
     rms_norm_inline(x, norm, scratch, dim, eps);

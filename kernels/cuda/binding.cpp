@@ -56,16 +56,22 @@ int narrow(const char* op, const char* name, int64_t value) {
   return static_cast<int>(value);
 }
 
+// The weight of a norm of tensors like x: it has x's dtype, or is float.
+void check_norm_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x, int64_t size) {
+  check_tensor(op, name, weight, x.device(), weight.scalar_type() == at::kFloat ? at::kFloat : x.scalar_type(), {size});
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   check_dim("rms_norm", "x", x, 2);
   const int64_t rows = x.size(0), hidden = x.size(1);
   check_tensor("rms_norm", "x", x, x.device(), x.scalar_type(), {rows, hidden});
-  check_tensor("rms_norm", "weight", weight, x.device(), x.scalar_type(), {hidden});
+  check_norm_weight("rms_norm", "weight", weight, x, hidden);
   const c10::cuda::CUDAGuard guard(x.device());
   Tensor out = at::empty({rows, hidden}, x.options());
   const cuda::NormArgs args{.dtype = storage_type("rms_norm", x), .rows = rows, .hidden = hidden,
                       .x = x.const_data_ptr(), .x_stride = x.stride(0),
                       .residual = nullptr, .residual_stride = 0,
+                      .float_weight = weight.scalar_type() == at::kFloat,
                       .weight = weight.const_data_ptr(), .out = out.mutable_data_ptr(), .sum = nullptr,
                       .eps = static_cast<float>(eps)};
   C10_CUDA_CHECK(cuda::norm(args, c10::cuda::getCurrentCUDAStream()));
@@ -77,12 +83,13 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   const int64_t rows = x.size(0), hidden = x.size(1);
   check_tensor("add_rms_norm", "x", x, x.device(), x.scalar_type(), {rows, hidden});
   check_tensor("add_rms_norm", "residual", residual, x.device(), x.scalar_type(), {rows, hidden});
-  check_tensor("add_rms_norm", "weight", weight, x.device(), x.scalar_type(), {hidden});
+  check_norm_weight("add_rms_norm", "weight", weight, x, hidden);
   const c10::cuda::CUDAGuard guard(x.device());
   Tensor out = at::empty({rows, hidden}, x.options()), sum = at::empty({rows, hidden}, x.options());
   const cuda::NormArgs args{.dtype = storage_type("add_rms_norm", x), .rows = rows, .hidden = hidden,
                       .x = x.const_data_ptr(), .x_stride = x.stride(0),
                       .residual = residual.const_data_ptr(), .residual_stride = residual.stride(0),
+                      .float_weight = weight.scalar_type() == at::kFloat,
                       .weight = weight.const_data_ptr(), .out = out.mutable_data_ptr(), .sum = sum.mutable_data_ptr(),
                       .eps = static_cast<float>(eps)};
   C10_CUDA_CHECK(cuda::norm(args, c10::cuda::getCurrentCUDAStream()));
@@ -129,8 +136,10 @@ Tensor rotary_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
   check_tensor(op, "cos_sin", cos_sin, device, at::kFloat, {cos_sin.size(0), rot_dim});
   check_tensor(op, "k_pages", k_pages, device, dtype, {k_pages.size(0), k_pages.size(1), num_kv, dim});
   check_tensor(op, "v_pages", v_pages, device, dtype, k_pages.sizes());
-  if (q_norm) check_tensor(op, "q_norm", *q_norm, device, dtype, {dim});
-  if (k_norm) check_tensor(op, "k_norm", *k_norm, device, dtype, {dim});
+  if (q_norm) check_norm_weight(op, "q_norm", *q_norm, qkv, dim);
+  if (k_norm) check_norm_weight(op, "k_norm", *k_norm, qkv, dim);
+  TORCH_CHECK_VALUE(!q_norm || !k_norm || q_norm->scalar_type() == k_norm->scalar_type(), op,
+                    ": q_norm and k_norm must have the same dtype");
   const c10::cuda::CUDAGuard guard(device);
   Tensor q = at::empty({num_tokens, num_q, dim}, qkv.options());
   const cuda::RotaryArgs args{.dtype = storage_type(op, qkv), .num_tokens = num_tokens,
@@ -139,6 +148,7 @@ Tensor rotary_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
                         .qkv = qkv.const_data_ptr(), .qkv_stride = qkv.stride(0),
                         .positions = positions.const_data_ptr<int64_t>(), .slots = slots.const_data_ptr<int64_t>(),
                         .cos_sin = cos_sin.const_data_ptr<float>(), .cos_sin_stride = cos_sin.stride(0),
+                        .float_norms = (q_norm ? *q_norm : k_norm ? *k_norm : qkv).scalar_type() == at::kFloat,
                         .q_norm = q_norm ? q_norm->const_data_ptr() : nullptr,
                         .k_norm = k_norm ? k_norm->const_data_ptr() : nullptr, .eps = static_cast<float>(eps),
                         .k_pages = k_pages.mutable_data_ptr(), .v_pages = v_pages.mutable_data_ptr(),

@@ -18,7 +18,7 @@ __device__ float block_sum(float x) {
 
 // N elements at a time, N dividing hidden. A thread visits the same elements in both passes, so that it may read what it
 // wrote itself. blockDim.x is a multiple of the warp size.
-template <class T, int N, bool add>
+template <class T, class W, int N, bool add>
 __global__ void __launch_bounds__(max_threads) norm_rows(NormArgs args) {
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
@@ -40,20 +40,20 @@ __global__ void __launch_bounds__(max_threads) norm_rows(NormArgs args) {
   const T* normed = add ? sum : x;
   for (int64_t at = threadIdx.x * N; at < args.hidden; at += blockDim.x * N) {
     Pack<T, N> in = load<T, N>(normed + at);
-    const auto weight = load<T, N>(static_cast<const T*>(args.weight) + at);
+    const auto weight = load<W, N>(static_cast<const W*>(args.weight) + at);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      in.values[i] = from_float<T>(rounded_to<T>(to_float(in.values[i]) * inverse_rms) * to_float(weight.values[i]));
+      in.values[i] = from_float<T>(rounded_to<W>(to_float(in.values[i]) * inverse_rms) * to_float(weight.values[i]));
     }
     store(out + at, in);
   }
 }
 
-template <class T, int N>
+template <class T, class W, int N>
 cudaError_t launch_norm(const NormArgs& args, cudaStream_t stream) {
   const int64_t warps = ceil_div(ceil_div(args.hidden, N), warp_size);
   const int threads = warps * warp_size < max_threads ? static_cast<int>(warps) * warp_size : max_threads;
-  const auto kernel = args.residual ? norm_rows<T, N, true> : norm_rows<T, N, false>;
+  const auto kernel = args.residual ? norm_rows<T, W, N, true> : norm_rows<T, W, N, false>;
   return launch(kernel, dim3(args.rows), threads, stream, args);
 }
 
@@ -67,7 +67,10 @@ cudaError_t norm(const NormArgs& args, cudaStream_t stream) {
     const bool aligned = args.hidden % wide == 0 && rows_aligned(args.x, args.x_stride, sizeof(T), 16) &&
                          rows_aligned(args.residual, args.residual_stride, sizeof(T), 16) &&
                          rows_aligned(args.weight, 0, sizeof(T), 16);
-    return aligned ? launch_norm<T, wide>(args, stream) : launch_norm<T, 1>(args, stream);
+    if (args.float_weight) {
+      return aligned ? launch_norm<T, float, wide>(args, stream) : launch_norm<T, float, 1>(args, stream);
+    }
+    return aligned ? launch_norm<T, T, wide>(args, stream) : launch_norm<T, T, 1>(args, stream);
   });
 }
 

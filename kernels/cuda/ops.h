@@ -21,6 +21,7 @@ struct NormArgs {
   int64_t x_stride;
   const void* residual;  // or null: a norm of x alone
   int64_t residual_stride;
+  bool float_weight;   // the weight is f32, whatever dtype is; the product then is not rounded before it
   const void* weight;  // [hidden]
   void* out;           // [rows, hidden] contiguous
   void* sum;           // x + residual, likewise; unused without a residual
@@ -45,6 +46,7 @@ struct RotaryArgs {
   const int64_t *positions, *slots;
   const float* cos_sin;
   int64_t cos_sin_stride;
+  bool float_norms;             // as float_weight
   const void *q_norm, *k_norm;  // or null
   float eps;
   void *k_pages, *v_pages;

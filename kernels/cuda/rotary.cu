@@ -8,8 +8,8 @@ constexpr int warps = 4;  // of a block
 
 // What a warp does to the head at `in`: an rms_norm where there is a weight, and a rotation of its first 2 * half
 // dimensions by the angles (`half` cosines, then as many sines). All lanes take part.
-template <class T>
-__device__ void rotate_head(const T* in, const T* weight, float eps, const float* angles, int half, int dim, T* out) {
+template <class T, class W>
+__device__ void rotate_head(const T* in, const W* weight, float eps, const float* angles, int half, int dim, T* out) {
   const int lane = threadIdx.x % warp_size;
   float inverse_rms = 1.0f;
   if (weight) {
@@ -19,7 +19,7 @@ __device__ void rotate_head(const T* in, const T* weight, float eps, const float
   }
   const auto normed = [&](int i) {
     const float x = to_float(in[i]);
-    return weight ? rounded_to<T>(rounded_to<T>(x * inverse_rms) * to_float(weight[i])) : x;
+    return weight ? rounded_to<T>(rounded_to<W>(x * inverse_rms) * to_float(weight[i])) : x;
   };
   for (int i = lane; i < half; i += warp_size) {
     const float first = normed(i), second = normed(half + i), cosine = angles[i], sine = angles[half + i];
@@ -30,7 +30,7 @@ __device__ void rotate_head(const T* in, const T* weight, float eps, const float
 }
 
 // A warp for each head (q, k and v in turn) of the token blockIdx.x.
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(warps* warp_size) rotate_and_write(RotaryArgs args) {
   const int64_t token = blockIdx.x;
   const int head = blockIdx.y * warps + threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(warps* warp_size) rotate_and_write(RotaryArgs 
   const float* angles = args.cos_sin + args.positions[token] * args.cos_sin_stride;
   if (head < args.num_q) {
     T* out = static_cast<T*>(args.q_out) + (token * args.num_q + head) * args.dim;
-    rotate_head(in, static_cast<const T*>(args.q_norm), args.eps, angles, args.half, args.dim, out);
+    rotate_head(in, static_cast<const W*>(args.q_norm), args.eps, angles, args.half, args.dim, out);
     return;
   }
   const int64_t slot = args.slots[token];
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(warps* warp_size) rotate_and_write(RotaryArgs 
   if (head < args.num_q + args.num_kv) {
     const int64_t* strides = args.k_strides;
     T* out = static_cast<T*>(args.k_pages) + block * strides[0] + offset * strides[1] + kv_head * strides[2];
-    rotate_head(in, static_cast<const T*>(args.k_norm), args.eps, angles, args.half, args.dim, out);
+    rotate_head(in, static_cast<const W*>(args.k_norm), args.eps, angles, args.half, args.dim, out);
   } else {
     const int64_t* strides = args.v_strides;
     T* out = static_cast<T*>(args.v_pages) + block * strides[0] + offset * strides[1] + kv_head * strides[2];
@@ -64,7 +64,8 @@ cudaError_t rotary_write_kv(const RotaryArgs& args, cudaStream_t stream) {
   if (args.num_tokens == 0 || heads == 0 || args.dim == 0) return cudaSuccess;
   return for_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
-    return launch(rotate_and_write<T>, dim3(args.num_tokens, ceil_div(heads, warps)), warps * warp_size, stream, args);
+    const auto kernel = args.float_norms ? rotate_and_write<T, float> : rotate_and_write<T, T>;
+    return launch(kernel, dim3(args.num_tokens, ceil_div(heads, warps)), warps * warp_size, stream, args);
   });
 }
 

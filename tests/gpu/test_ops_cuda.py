@@ -3,9 +3,11 @@
 import pytest
 import torch
 from test_ops import EPS, MIXED, attention_case, int32, rotary_case
+from test_ops_latent import latent_case
 from torch import Tensor
 
-from infer import native, ops, ops_cuda
+from infer import native, ops, ops_cuda, ops_latent
+from infer.cache.layout import KvLayout
 from infer.layers.attention import ForwardContext
 
 pytestmark = [
@@ -39,8 +41,9 @@ def to_gpu(x: Tensor) -> Tensor:
 def test_the_kernels_run_on_this_gpu():
     assert native.is_loaded(), "the native kernels are not built"
     assert native.cuda_runs(0), "the log says why"
-    assert native.decode_runs_on_device(32, 128, torch.bfloat16, torch.device("cuda"))
-    assert not native.decode_runs_on_device(32, 100, torch.bfloat16, torch.device("cuda"))
+    assert native.decode_runs_on_device(32, KvLayout(8, 128, 128), torch.bfloat16, torch.device("cuda"))
+    assert not native.decode_runs_on_device(32, KvLayout(8, 100, 100), torch.bfloat16, torch.device("cuda"))
+    assert not native.decode_runs_on_device(32, KvLayout(8, 128, 64), torch.bfloat16, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------------------------------- norms and activations
@@ -48,9 +51,11 @@ def test_the_kernels_run_on_this_gpu():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1), (1, 576), (3, 15), (5, 33), (70, 1000), (3, 4096), (2, 20000)])
-def test_norms_equal_their_references(shape, dtype):
+@pytest.mark.parametrize("float_weight", [False, True])
+def test_norms_equal_their_references(shape, dtype, float_weight):
     torch.manual_seed(0)
-    x, residual, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
+    x, residual, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1])
+    weight = weight if float_weight else weight.to(dtype)
     close(ops.rms_norm(x.cuda(), weight.cuda(), EPS), ops.rms_norm_reference(x, weight, EPS))
     normed, total = ops.add_rms_norm(x.cuda(), residual.cuda(), weight.cuda(), EPS)
     expected_normed, expected_total = ops.add_rms_norm_reference(x, residual, weight, EPS)
@@ -97,13 +102,15 @@ def test_activations_at_the_ends(kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", [False, True, "float weights"])
 @pytest.mark.parametrize(
     ("tokens", "num_q", "num_kv", "dim", "rot_dim"),
     [(0, 2, 1, 8, 8), (1, 9, 3, 64, 64), (20, 5, 2, 64, 32), (7, 3, 1, 20, 12), (3, 4, 4, 6, 2), (33, 8, 2, 128, 128)],
 )
 def test_rotary_write_kv_equals_its_reference(tokens, num_q, num_kv, dim, rot_dim, normed, dtype):
-    case = rotary_case(tokens, num_q, num_kv, dim, rot_dim, normed, dtype)
+    case = rotary_case(tokens, num_q, num_kv, dim, rot_dim, bool(normed), dtype)
+    if normed == "float weights":
+        case |= {"q_norm": torch.randn(dim), "k_norm": torch.randn(dim)}
     case["slots"][::3] = -1
     there = on_gpu(case)
     q = ops.rotary_write_kv(**there)
@@ -327,3 +334,27 @@ def test_wrong_arguments_are_told(change, message):
     case = on_gpu({**attention_case([(1, 5)], [0]), **change})
     with pytest.raises(ValueError, match=message):
         ops.paged_attention(**case)
+
+
+# ------------------------------------------------------------------------------------------------ latent attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latent_attention_equals_the_reference(dtype):
+    """It has no kernel here: PyTorch's matrix products over gathered latents."""
+    case = attention_case(MIXED, [0] * 16, dim=576, dtype=dtype)
+    there = on_gpu(case)
+    names = ("block_table", "query_start", "seq_lens", "kv_map", "scale")
+    actual = ops_latent.attend_latents(
+        there["q"], there["k_pages"], there["k_pages"][..., :512], *(there[name] for name in names)
+    )
+    close(actual, ops.paged_attention_reference(**{**case, "v_pages": case["k_pages"][..., :512]}), factor=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_write_latent_equals_the_reference(dtype):
+    case = latent_case(33, 5, 512, 64, dtype)
+    case["slots"][::3] = -1
+    there = on_gpu(case)
+    close(ops_latent.rotary_write_latent(**there), ops_latent.rotary_write_latent_reference(**case))
+    close(there["pages"], case["pages"])
