@@ -192,21 +192,21 @@ def test_one_rank_has_a_table_and_no_threads():
 
 def test_a_signal_means_a_loss_where_a_neighbour_s_process_is_gone():
     """torchrun has waited for such a rank before it tells the others; one that is told to end as well still lives."""
-    watchdog = Watchdog(
-        SimpleNamespace(env=RankEnv(), rank=0, size=2, device=torch.device("cpu"), watch_group=None)
-    )
+    own = peers.own_identity(0, "node")
+    world = {"env": RankEnv(), "rank": 0, "size": 2, "device": torch.device("cpu"), "watch_group": None}
+    watchdog = Watchdog(SimpleNamespace(**world, generation=1, members=[own]))
     assert not watchdog.is_any_lost()
     with subprocess.Popen(["sleep", "60"]) as process:
         start_time = int(process_key(process.pid).partition("-")[2])
-        neighbour = replace(watchdog._identity, rank=1, pid=process.pid, start_time=start_time)
-        watchdog._world = [watchdog._identity, neighbour]
+        neighbour = replace(own, rank=1, pid=process.pid, start_time=start_time)
+        watchdog._world = [own, neighbour]
         assert not watchdog.is_any_lost()
         process.kill()
         process.wait()
         assert watchdog.is_any_lost()
-    watchdog._world = [watchdog._identity, replace(neighbour, machine=neighbour.machine + 1)]
+    watchdog._world = [own, replace(neighbour, machine=neighbour.machine + 1)]
     assert not watchdog.is_any_lost(), "of another host nothing can be told"
-    watchdog._world = [watchdog._identity, replace(neighbour, pid=watchdog._identity.pid)]
+    watchdog._world = [own, replace(neighbour, pid=own.pid)]
     assert watchdog.is_any_lost(), "the number is another process's now"
 
 
