@@ -24,7 +24,9 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
 
 
 def _experts(f: Fields, num_layers: int) -> MoeConfig:
-    num_experts, top_k = read_experts(f, "num_experts", "num_experts_per_tok")
+    # transformers 5 saves Qwen 3's num_experts under Mixtral's name.
+    name = "num_experts" if f.get("num_local_experts") is None or f.get("num_experts") is not None else "num_local_experts"
+    num_experts, top_k = read_experts(f, name)
     return MoeConfig(
         num_experts=num_experts, top_k=top_k, intermediate_size=f.count("moe_intermediate_size"),
         sparse=_sparse_layers(f, num_layers), renormalize=f.flag("norm_topk_prob", False),
