@@ -24,8 +24,10 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
 
 
 def _experts(f: Fields, num_layers: int) -> MoeConfig:
-    # transformers 5 saves Qwen 3's num_experts under Mixtral's name.
-    name = "num_experts" if f.get("num_local_experts") is None or f.get("num_experts") is not None else "num_local_experts"
+    # Later versions of transformers write the number of Qwen 3's experts under the name that Mixtral has for it.
+    name = "num_experts"
+    if f.get(name) is None and f.get("num_local_experts") is not None:
+        name = "num_local_experts"
     num_experts, top_k = read_experts(f, name)
     return MoeConfig(
         num_experts=num_experts, top_k=top_k, intermediate_size=f.count("moe_intermediate_size"),
