@@ -237,6 +237,9 @@ class ServerConfig:
     restart_deadline: float = _flag(
         120.0, "under torchrun: seconds without an engine, or a sign of one that starts, until the server gives up"
     )
+    shutdown_timeout: float = _flag(
+        25.0, "seconds that requests under way have to finish once the server is told to end (torchrun kills after 30)"
+    )
     enable_log_requests: bool = _flag(False, "log a line a request: id, route, tokens, parameters; never its text")
     enable_request_id_headers: bool = _flag(False, "every reply has an X-Request-Id header, the client's own or a new")
     metrics_prefix: str = _flag("infer:", "what names of metrics begin with; vllm: suits dashboards made for vLLM")
@@ -252,6 +255,8 @@ class ServerConfig:
             raise ValueError(f"request_timeout must be a positive number of seconds, not {self.request_timeout:g}")
         if not 0 < self.restart_deadline < math.inf:
             raise ValueError(f"restart_deadline must be a positive number of seconds, not {self.restart_deadline:g}")
+        if not 0 <= self.shutdown_timeout < math.inf:
+            raise ValueError(f"shutdown_timeout must be a number of seconds, not {self.shutdown_timeout:g}")
         for name, choices in (("tool_call_parser", TOOL_CALL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if getattr(self, name) not in (None, *choices):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

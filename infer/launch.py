@@ -161,6 +161,17 @@ def exit_if_failed_before(env: RankEnv) -> None:
     _exit(code)
 
 
+def end(reason: str, env: RankEnv) -> NoReturn:
+    """End this rank, with status 1, for what befell it: torchrun may start it again, and then all may be well.
+
+    Prints `infer: rank R ends: REASON` on one line, but nothing where a rank of this host has ended on a user's error,
+    which is the reason then. As with `fail`, no clean-up runs. May be called on any thread.
+    """
+    exit_if_failed_before(env)
+    _tell(f"infer: rank {env.rank} ends: {reason.splitlines()[0]}\n")
+    _exit(1)
+
+
 def _marker(env: RankEnv) -> Path:
     return private_directory() / f"{MARKER_PREFIX}{process_key(env.agent_pid)}"
 

@@ -150,7 +150,9 @@ class LLM:
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._engine.broken is not None and self._process.world.size > 1:
+            return  # what ends the script is that error, not that nothing can be closed any more
         self.close()
 
     @property

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -12,7 +13,9 @@ from infer.engine.batch import Kind
 from infer.engine.loop import Courier, Engine, follow, leave
 from infer.launch import RankEnv
 from infer.parallel.groups import World
+from infer.parallel.peers import PeerState
 from infer.parallel.watchdog import set_nccl_environment
+from infer.signals import end_script_on_sigterm
 
 LOG_FORMAT = "%(levelname)s %(asctime)s [{rank}%(name)s] %(message)s"
 
@@ -37,6 +40,8 @@ class Process:
     def __init__(self, env: RankEnv):
         self.env = env
         self.world = _join_world(env)
+        end_script_on_sigterm(self._end_if_lost)
+        self.world.watchdog.when_ordered(self._take_order)
         self.courier = Courier(self.world)
         self.num_engines = 0
         self.engine: Engine | None = None  # the open one
@@ -52,10 +57,21 @@ class Process:
             atexit.register(cls._joined.leave)
         return cls._joined
 
+    def _end_if_lost(self) -> None:
+        """Ends this process if torchrun's signal came because another rank has ended; the watchdog tells which."""
+        if self.world.watchdog.is_any_lost():
+            self.world.watchdog.lost("another rank has ended, and torchrun ends this one")
+
+    def _take_order(self, peer: PeerState) -> None:
+        """Another rank was told to end; a script hears of it as of a signal of its own. On its own host it had that."""
+        if self.world.watchdog.is_elsewhere(peer.rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def leave(self) -> None:
         """Ends the followers and the world. One that is broken ends without ceremony: nobody would answer."""
         engine = self.engine
         if engine is not None and engine.broken is not None and self.world.size > 1:
+            print(f"infer: all ranks end: the engine was stopped by {engine.broken}", file=sys.stderr)
             _exit(1)
         try:
             if engine is not None and self.world.size > 1:

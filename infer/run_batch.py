@@ -247,6 +247,8 @@ class Batch:
         self._process.engine = None
 
     def _interrupted(self, number: int, frame: object) -> None:
+        if self._process is not None and self._process.world.watchdog.is_any_lost():  # torchrun ends the survivors
+            self._process.world.watchdog.lost("another rank has ended, and torchrun ends this one")
         self._end(f"{signal.Signals(number).name} came", 128 + number)
 
     def _fail(self, error: Exception) -> NoReturn:

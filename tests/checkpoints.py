@@ -5,6 +5,7 @@ vocabulary is the model's. Their sizes divide by nothing on purpose.
 """
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,18 @@ def build_checkpoint(name: str, path: Path) -> Path:
     shards = {"max_shard_size": recipe.max_shard_size} if recipe.max_shard_size else {}
     model.save_pretrained(path, **shards)
     write_tokenizer(path)
+    return path
+
+
+def poison(source: Path, path: Path, token: int) -> Path:
+    """A copy of a checkpoint of one file, in which the embedding of a token is NaN. Its output weights are its own."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, path)
+    tensors = load_file(path / "model.safetensors")
+    assert "lm_head.weight" in tensors, "tied, it would make every logit of that token NaN"
+    tensors["model.embed_tokens.weight"][token] = float("nan")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import family_jobs
 import layout_jobs
 import pytest
-from checkpoints import CORE, Reference, build_checkpoint
+from checkpoints import CORE, Reference, build_checkpoint, poison
 from world_scripts.jobs import JobResult
 from worlds import ROOT, run_jobs
 
@@ -55,11 +55,18 @@ def references(core_dirs) -> dict[str, Reference]:
 
 
 @pytest.fixture(scope="session")
-def layout_results(core_dirs, tmp_path_factory) -> Callable[[int, int], dict[str, JobResult]]:
+def poisoned_dir(checkpoint_dirs, tmp_path_factory) -> Path:
+    """A checkpoint in which nothing finite comes of layout_jobs.POISON."""
+    return poison(checkpoint_dirs["mistral"], tmp_path_factory.mktemp("poisoned") / "mistral", layout_jobs.POISON)
+
+
+@pytest.fixture(scope="session")
+def layout_results(core_dirs, poisoned_dir, tmp_path_factory) -> Callable[[int, int], dict[str, JobResult]]:
     """(tp, pp) -> the results of `layout_jobs.jobs` in a world of tp x pp ranks, which runs once a session.
 
     One rank is a plain process, several are torchrun's: the script is the same.
     """
+    directories = {**core_dirs, "poisoned": poisoned_dir}
     found: dict[tuple[int, int], dict[str, JobResult] | Exception] = {}
 
     def run(tp: int, pp: int) -> dict[str, JobResult]:
@@ -67,7 +74,7 @@ def layout_results(core_dirs, tmp_path_factory) -> Callable[[int, int], dict[str
             root = tmp_path_factory.mktemp(f"tp{tp}-pp{pp}")
             try:
                 found[tp, pp] = run_jobs(
-                    layout_jobs.jobs(tp, pp, core_dirs), root, ranks=tp * pp, timeout=240, torchrun=tp * pp > 1
+                    layout_jobs.jobs(tp, pp, directories), root, ranks=tp * pp, timeout=240, torchrun=tp * pp > 1
                 )
             except Exception as error:
                 found[tp, pp] = error  # the world is not run again for each test

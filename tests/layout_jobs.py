@@ -129,6 +129,28 @@ def case_prompts() -> list[list[int]]:
     return [shared if name in SAME_PROMPT else prompt for name, prompt in zip(CASES, prompts, strict=True)]
 
 
+# A model of which one token makes NaN: prompts that hold it in several places, and every way to draw.
+POISON = 500
+WAYS_TO_DRAW = [
+    _case(temperature=0.0), _case(), _case(top_k=5), _case(top_p=0.7), _case(logprobs=2), _case(n=2, min_p=0.1),
+    _case(temperature=0.0, logit_bias={17: 5.0}), _case(structured_outputs=StructuredOutputs(regex="[a-z]{40}")),
+]  # fmt: skip
+SOUND_PROMPTS = make_prompts(POISON, (40, 3, 17, 33, 20, 48, 9, 30))
+POISONED_PROMPTS = [
+    [*prompt[: 5 * i], POISON, *prompt[5 * i :]] for i, prompt in enumerate(SOUND_PROMPTS)
+]  # some begin as a sound one does
+
+
+def poison_runs() -> list[Run]:
+    """Sound prompts; then poisoned ones among them, of which the last is there twice; then sound ones again."""
+    before = Run(name="before", prompts=SOUND_PROMPTS, params=WAYS_TO_DRAW)
+    pairs = [*zip(POISONED_PROMPTS, SOUND_PROMPTS, strict=True), (POISONED_PROMPTS[-1], POISONED_PROMPTS[0])]
+    params = [*WAYS_TO_DRAW, WAYS_TO_DRAW[0]]
+    both = [prompt for pair in pairs for prompt in pair]
+    mixed = Run(name="mixed", prompts=both, params=[p for p in params for _ in pairs[0]])
+    return [before, mixed, Run(name="after", prompts=SOUND_PROMPTS, params=WAYS_TO_DRAW)]
+
+
 def jobs(tp: int, pp: int, model_dirs: dict[str, Path]) -> list[Job]:
     """All jobs of the world of tp x pp ranks."""
     common = {
@@ -148,6 +170,8 @@ def jobs(tp: int, pp: int, model_dirs: dict[str, Path]) -> list[Job]:
     mixed = Run(name="mixed", prompts=prompts, params=params)
     found.append(Job(name="sampling", llm=llama, runs=[alone, mixed]))
     found += [Job(name=name, llm={**llama, **change}, runs=[mixed]) for name, change in VARIANTS.items()]
+    poisoned = {**common, "model": str(model_dirs["poisoned"]), "num_gpu_blocks_override": 24}  # soon used again
+    found.append(Job(name="poison", llm=poisoned, runs=poison_runs()))
     if (tp, pp) in WORKLOAD_LAYOUTS:
         whole = Workload(name="whole", seed=5, num_requests=NUM_REQUESTS, num_aborts=0)
         aborts = Workload(name="aborts", seed=5, num_requests=NUM_REQUESTS, num_aborts=NUM_ABORTS)

@@ -20,6 +20,14 @@ from worlds import MARK, ROOT, free_port, kill_marked, marked_processes, one_at_
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
+def small(model: Path) -> tuple[object, ...]:
+    """Flags for one of the small checkpoints, which goes by the name of tiny."""
+    return (
+        "--model", model, "--dtype", "float32", "--max-model-len", 512, "--num-gpu-blocks-override", 1024,
+        "--num-threads", 1, "--served-model-name", "tiny",
+    )  # fmt: skip
+
+
 @dataclass
 class Server:
     """A server that answers. mark: what every process of it carries in its environment."""
@@ -83,16 +91,19 @@ class Server:
 @contextlib.contextmanager
 def server(
     *args: object, ranks: int | None, standalone: bool = False, timeout: float = 120.0, restarts: int = 0,
-    wait: bool = True,
+    wait: bool = True, script: tuple[object, ...] = (),
 ) -> Iterator[Server]:  # fmt: skip
-    """`-m infer.serve ARGS` on a free port, ready. ranks None: without torchrun. One world runs at a time."""
+    """`-m infer.serve ARGS` on a free port, ready. ranks None: without torchrun. One world runs at a time.
+
+    script: a file that runs in its place, with its own arguments; ARGS come after them.
+    """
     mark, port = uuid.uuid4().hex, free_port()
     command = [sys.executable]
     if ranks is not None:
         command += ["-m", "torch.distributed.run", *rendezvous(standalone), "--nproc-per-node", str(ranks)]
         command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
-    command += ["-m", "infer.serve", "--port", str(port), *map(str, args)]
-    environ = {**os.environ, "PYTHONPATH": python_path(ROOT), MARK: mark}
+    command += [*(map(str, script) if script else ("-m", "infer.serve")), "--port", str(port), *map(str, args)]
+    environ = {**os.environ, "PYTHONPATH": python_path(ROOT, ROOT / "tests"), MARK: mark}
     with tempfile.TemporaryDirectory(prefix="infer-serve-") as directory, one_at_a_time():
         log_path = Path(directory, "log")
         with open(log_path, "wb") as log:

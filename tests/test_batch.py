@@ -8,10 +8,12 @@ import pytest
 
 from infer.engine.batch import (
     COLUMNS,
+    COUNT,
     Batch,
     Kind,
     NewSequence,
     StepResult,
+    check_step,
     decode,
     decode_result,
     encode_batch,
@@ -151,3 +153,18 @@ def test_parameters_are_checked_again_on_arrival():
     raw[at] = 0xE0  # MessagePack's -32
     with pytest.raises((ValueError, msgspec.ValidationError), match="top_k"):
         decode(np.frombuffer(bytes(raw), dtype=np.int32), 0)
+
+
+def test_steps_come_one_after_the_other():
+    batch = make_batch()
+    assert check_step(batch, batch.step - 1) == batch.step
+    batch.step = 0
+    assert check_step(batch, 2**31 - 1) == 0, "int32"
+    with pytest.raises(ValueError, match="step 0 came where step 6 was due"):
+        check_step(batch, 5)
+    batch.rows[0, COUNT] = -4
+    with pytest.raises(ValueError, match="step 0 holds"):
+        check_step(batch, 2**31 - 1)
+    batch.rows = batch.rows[:0]
+    with pytest.raises(ValueError, match="step 0 holds 0 rows"):
+        check_step(batch, 2**31 - 1)

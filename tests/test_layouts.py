@@ -117,6 +117,21 @@ def test_a_random_workload_is_the_same_at_both_layouts(layout_results):
     assert one.tokens == four.tokens
 
 
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_what_is_not_finite_ends_its_request_and_no_other(tp, pp, layout_results):
+    """However it draws, wherever NaN comes up; sound requests beside it and in its blocks after it are as before."""
+    runs = layout_results(tp, pp)["poison"].runs
+    before = [[choice.token_ids for choice in completion.choices] for completion in runs["before"]]
+    assert all(len(tokens) == MAX_TOKENS for choices in before for tokens in choices)
+    sound, poisoned = runs["mixed"][1:-2:2], [*runs["mixed"][:-2:2], *runs["mixed"][-2:]]
+    for completions in (sound, runs["after"]):
+        assert [[choice.token_ids for choice in completion.choices] for completion in completions] == before
+        assert all(choice.finish_reason == "length" for completion in completions for choice in completion.choices)
+    assert len(poisoned) == len(before) + 2
+    for completion in poisoned:
+        assert all((choice.finish_reason, choice.token_ids) == ("error", []) for choice in completion.choices)
+
+
 # ------------------------------------------------------------------------------------------ each has its effect
 
 

@@ -232,7 +232,7 @@ def test_nothing_outlives_torchrun(number) -> None:
         await streams[0].begun.wait()
         interrupt(running, number)
 
-    with server(*MODEL, "-pp", 2, ranks=2, restarts=3) as running:
+    with server(*MODEL, "-pp", 2, "--shutdown-timeout", 1, ranks=2, restarts=3) as running:
         long = body("Once", max_tokens=900, ignore_eos=True)
         (stream,) = asyncio.run(stream_all(running.url, [long], end_torchrun))
         assert stream.error is not None and stream.error["type"] == "service_unavailable"

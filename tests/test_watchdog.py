@@ -1,6 +1,7 @@
 """Who is given up and who is not, without ranks; then real ranks that are killed, stopped and stuck."""
 
 import re
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -11,10 +12,11 @@ import pytest
 import torch
 from worlds import SCRIPTS, run_world
 
-from infer.launch import RankEnv
+from infer.launch import RankEnv, process_key
 from infer.parallel import peers
 from infer.parallel.peers import AwakeClock, Fault, Identity, Limits, PeerState, Standing, judge
 from infer.parallel.watchdog import NCCL_ENVIRONMENT, Watchdog, set_nccl_environment
+from infer.signals import Order
 
 LIMITS = Limits()
 
@@ -145,12 +147,11 @@ def test_a_table_comes_over_as_it_was():
     world = [Identity(0, "höst-a", 11, 5, 6), Identity(1, "b", 12, (3 << 31) + 7, 1 << 24)]
     table = [
         PeerState(0, "höst-a", 11, step=2**31 - 1, phase="serving", slow=False, work_out=True, waits=True,
-                  phase_seconds=12.345, still_seconds=1.5, age_seconds=0.25, where="engine/loop.py:3 in run"),
+                  phase_seconds=12.345, still_seconds=1.5, age_seconds=0.25, where="engine/loop.py:3 in run",
+                  order=Order.STOP_NOW),
         PeerState(1, "b", 12, fault=Fault.STUCK),
     ]  # fmt: skip
     assert peers.decode(peers.encode(table, 4, farewell=True), 4, world) == (table, True)
-    for identity in world:
-        assert peers.decode_identity(peers.encode_identity(identity), identity.rank) == identity
     assert peers.decode(
         peers.encode([replace(table[0], step=2**31, where="ä" * 40, phase_seconds=1e9)], 4, False), 4, world
     )
@@ -177,7 +178,8 @@ def test_limits_are_longer_than_beats():
 def test_one_rank_has_a_table_and_no_threads():
     env = RankEnv()
     threads = threading.active_count()
-    watchdog = Watchdog(SimpleNamespace(env=env, rank=0, size=1, device=torch.device("cpu"), watch_group=None))
+    world = {"env": env, "rank": 0, "size": 1, "device": torch.device("cpu"), "watch_group": None, "generation": 0}
+    watchdog = Watchdog(SimpleNamespace(**world, members=[peers.own_identity(0, "node")]))
     watchdog.start()
     watchdog.phase("serving")
     watchdog.work_out(True)
@@ -186,6 +188,26 @@ def test_one_rank_has_a_table_and_no_threads():
     assert (state.rank, state.phase, state.slow, state.step, state.work_out) == (0, "serving", False, 3, True)
     assert threading.active_count() == threads
     watchdog.close()
+
+
+def test_a_signal_means_a_loss_where_a_neighbour_s_process_is_gone():
+    """torchrun has waited for such a rank before it tells the others; one that is told to end as well still lives."""
+    watchdog = Watchdog(
+        SimpleNamespace(env=RankEnv(), rank=0, size=2, device=torch.device("cpu"), watch_group=None)
+    )
+    assert not watchdog.is_any_lost()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        start_time = int(process_key(process.pid).partition("-")[2])
+        neighbour = replace(watchdog._identity, rank=1, pid=process.pid, start_time=start_time)
+        watchdog._world = [watchdog._identity, neighbour]
+        assert not watchdog.is_any_lost()
+        process.kill()
+        process.wait()
+        assert watchdog.is_any_lost()
+    watchdog._world = [watchdog._identity, replace(neighbour, machine=neighbour.machine + 1)]
+    assert not watchdog.is_any_lost(), "of another host nothing can be told"
+    watchdog._world = [watchdog._identity, replace(neighbour, pid=watchdog._identity.pid)]
+    assert watchdog.is_any_lost(), "the number is another process's now"
 
 
 def test_what_the_user_set_for_nccl_stands():

@@ -100,6 +100,17 @@ def encode_batch(batch: Batch, generation: int) -> np.ndarray:
     return _message(Kind.STEP, generation, batch.step, counts, int(batch.report), arrays, payload)
 
 
+def check_step(batch: Batch, last_step: int) -> int:
+    """The batch's step. Raises ValueError unless it follows last_step, 0 before an engine's first, and the batch has
+    rows of at least one token each: what a receiver allocates for it depends on them."""
+    due = (last_step + 1) % (1 << 31)
+    if batch.step != due:
+        raise ValueError(f"step {batch.step} came where step {due} was due")
+    if not len(batch.rows) or batch.rows[:, COUNT].min() < 1:
+        raise ValueError(f"step {batch.step} holds {len(batch.rows)} rows of {batch.rows[:, COUNT].tolist()} tokens")
+    return batch.step
+
+
 def encode_control(kind: Kind, generation: int, payload: Any = None) -> np.ndarray:
     """An IDLE, BUILD, CLOSE or EXIT message."""
     return _message(kind, generation, 0, [0, 0, 0, 0], 0, [], b"" if payload is None else _encode(payload))

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -26,8 +25,10 @@ from infer.engine.startup import Built, Phases, StartupError, build, decode_conf
 from infer.engine.stats import Clock, Heart, Heartbeats, PipelineTime, ThroughputLog
 from infer.parallel.groups import World
 from infer.parallel.topology import Topology
+from infer.parallel.watchdog import Watchdog
 from infer.request import Output, Request
 from infer.serve.link import EngineStats
+from infer.signals import Order, Orders, hear_signals
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Courier:
 
     def __init__(self, world: World):
         self._world = world
-        self._generation = world.env.restart_count
+        self._generation = world.generation
         self._outbox: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
         self.idle_seconds = IDLE_SECONDS
         self.error: BaseException | None = None
@@ -215,7 +216,7 @@ class Engine:
             self._results.put(result)
 
     def _receive_results(self) -> None:
-        frames, generation = self.built.groups.results, self._world.env.restart_count
+        frames, generation = self.built.groups.results, self._world.generation
         assert frames is not None
         try:
             while True:
@@ -290,14 +291,15 @@ class Follower:
 
     def __init__(self, world: World):
         self._world = world
-        self._generation = world.env.restart_count
+        self._generation = world.generation
         self._inbox: queue.SimpleQueue[tuple[Kind, Any] | BaseException] = queue.SimpleQueue()
         self._built: Built | None = None
         self._heart: Heart | None = None
         self._receiver = threading.Thread(target=self._receive, name="batches", daemon=True)
 
     def run(self) -> None:
-        """Serves rank 0 until it says EXIT. Raises RankLost when another rank is gone."""
+        """Serves rank 0 until it says EXIT. Raises RankLost when another rank is gone, ValueError for a message that is
+        none of this generation's or that does not fit what this rank knows: its sender's fault, and no rank goes on."""
         self._receiver.start()
         while True:
             try:
@@ -305,6 +307,8 @@ class Follower:
             except queue.Empty:
                 self._beat()
                 continue
+            if isinstance(item, ValueError):
+                raise item
             if isinstance(item, BaseException):
                 raise RankLost(f"rank 0 is gone: {item}")
             kind, payload = item
@@ -327,12 +331,16 @@ class Follower:
 
     def _receive(self) -> None:
         """Always has a receive posted, so that rank 0 never waits for this rank's computing."""
-        kind = None
+        kind, last_step = None, 0
         try:
             while kind != Kind.EXIT:
                 kind, payload = messages.decode(self._world.frames.receive().numpy(), self._generation)
-                if kind == Kind.STEP and self._built is not None:
-                    self._built.runner.receive(payload)
+                if kind == Kind.BUILD:
+                    last_step = 0
+                if kind == Kind.STEP:
+                    last_step = messages.check_step(payload, last_step)
+                    if self._built is not None:
+                        self._built.runner.receive(payload)
                 self._inbox.put((kind, payload))
         except (RuntimeError, ValueError) as error:
             self._inbox.put(error)
@@ -389,7 +397,9 @@ def _is_connection_loss(error: RuntimeError) -> bool:
 
 def follow(world: World) -> NoReturn:
     """Runs a follower to its end and ends the process: status 0 when rank 0 said so, 1 on a loss or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal's Ctrl-C reaches every rank: end without a traceback
+    if threading.current_thread() is threading.main_thread():
+        orders = Orders()
+        hear_signals(lambda number: _take_order(world.watchdog, orders.take(number)))
     status = 0
     try:
         Follower(world).run()
@@ -403,6 +413,17 @@ def follow(world: World) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _take_order(watchdog: Watchdog, order: Order) -> None:
+    """A signal has come to a follower. Rank 0 ends all ranks when it is time to, and a torchrun that waits no longer.
+
+    One that comes because a rank was lost is no order: the sooner this process is gone, the sooner all are back.
+    """
+    if watchdog.is_any_lost():
+        watchdog.lost("another rank has ended, and torchrun ends this one")
+    if order:
+        watchdog.pass_on(order)
 
 
 def leave(world: World) -> None:

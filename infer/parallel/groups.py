@@ -6,16 +6,19 @@ Every class here also works alone (one rank, no torch.distributed), so that call
 import datetime
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore
 
 from infer.launch import RankEnv
-from infer.parallel import hosts, shm, shm_pipe
+from infer.parallel import hosts, interfaces, shm, shm_pipe
 from infer.parallel.hosts import AcrossHosts
+from infer.parallel.joining import Joining
+from infer.parallel.peers import own_identity
 from infer.parallel.shm import SharedMemory
 from infer.parallel.shm_pipe import SharedPipe
 from infer.parallel.topology import Topology
@@ -218,11 +221,13 @@ class Frames:
 class World:
     """All ranks that torchrun started, joined for the life of the process.
 
-    watchdog: does nothing until it is started, on all ranks.
+    generation: counts the worlds of this torchrun, 0 without others. members: who the ranks are, by rank. watchdog:
+    does nothing until it is started, on all ranks. Where the ranks cannot be joined, the process ends (joining.py).
     """
 
     def __init__(self, env: RankEnv, device: torch.device):
         self.env, self.rank, self.size, self.device = env, env.rank, env.world_size, device
+        self.generation, self.members = 0, [own_identity(env.rank, socket.gethostname())]
         self.store: PrefixStore | None = None
         self.watch_group: dist.ProcessGroup | None = None  # the watchdog's own
         self._group: dist.ProcessGroup | None = None
@@ -233,15 +238,15 @@ class World:
 
     def _join(self) -> None:
         env = self.env
-        owner = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        base = TCPStore(env.master_addr, env.master_port, is_master=owner, timeout=WORLD_TIMEOUT)
-        # A restarted world must not read the addresses of its predecessor: each generation has a prefix of its own.
-        self.store = PrefixStore(f"infer/gen{env.restart_count}", base)
-        dist.init_process_group(
-            "gloo", store=self.store, rank=env.rank, world_size=env.world_size, timeout=WORLD_TIMEOUT
-        )
-        self._group = dist.new_group(backend="gloo", timeout=WORLD_TIMEOUT)
-        self.watch_group = dist.new_group(backend="gloo", timeout=WORLD_TIMEOUT)
+        interfaces.choose(env)
+        with Joining(env, has_agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True") as joining:
+            generation, self.store = joining.agree()
+            self.generation, self.members = generation.number, generation.identities
+            dist.init_process_group(
+                "gloo", store=self.store, rank=env.rank, world_size=env.world_size, timeout=WORLD_TIMEOUT
+            )
+            self._group = dist.new_group(backend="gloo", timeout=WORLD_TIMEOUT)
+            self.watch_group = dist.new_group(backend="gloo", timeout=WORLD_TIMEOUT)
 
     def _broadcast(self, frame: torch.Tensor) -> None:
         if self._group is not None:

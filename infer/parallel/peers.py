@@ -14,10 +14,11 @@ from types import FrameType
 import numpy as np
 
 from infer import launch
+from infer.signals import Order
 
 MAGIC = 0x57415443  # "WATC"
 _HEAD = 4  # magic, generation, farewell, number of rows
-_PHASE_BYTES, _WHERE_BYTES, _HOST_BYTES = 32, 64, 64
+_PHASE_BYTES, _WHERE_BYTES = 32, 64
 _NUMBERS = 7  # rank, step, flags, fault, three times in ms
 _WHERE_AT = _NUMBERS + _PHASE_BYTES // 4
 _ROW = _WHERE_AT + _WHERE_BYTES // 4
@@ -76,7 +77,7 @@ class PeerState:
 
     step: of its main loop, -1 before the first. phase_seconds: since that phase began. still_seconds: since its main
     loop moved, or on a CPU computed. age_seconds: since that was heard. waits: its main loop waits for other ranks;
-    where: the program's line it stands at, told once it is still.
+    where: the program's line it stands at, told once it is still. order: what a signal has asked this rank to do.
     """
 
     rank: int
@@ -92,6 +93,7 @@ class PeerState:
     age_seconds: float = 0.0
     where: str = ""
     fault: Fault = Fault.NONE
+    order: Order = Order.NONE
 
     def describe(self) -> str:
         """Which rank, which host, which phase, since when; part of a log line."""
@@ -175,6 +177,7 @@ class Standing:
         self._where, self._stands_in_exchange = "", False
         self._thread, self._cpu_clock = threading.get_ident(), self._own_cpu_clock()
         self._cpu_seen = (0.0, clock.now())
+        self.order = Order.NONE
 
     def _own_cpu_clock(self) -> int:
         return time.pthread_getcpuclockid(threading.get_ident()) if self._counts_computing else 0
@@ -229,7 +232,7 @@ class Standing:
         return PeerState(
             rank=self._identity.rank, host=self._identity.host, pid=self._identity.pid, step=self._step,
             phase=self._phase, slow=slow, work_out=work_out, waits=self._waits or self._stands_in_exchange,
-            phase_seconds=now - self._phase_at, still_seconds=still, where=self._where,
+            phase_seconds=now - self._phase_at, still_seconds=still, where=self._where, order=self.order,
         )  # fmt: skip
 
 
@@ -270,7 +273,7 @@ def encode(peers: Sequence[PeerState], generation: int, farewell: bool) -> np.nd
     words = np.zeros(num_words(len(peers)), dtype=np.int32)
     words[:_HEAD] = MAGIC, generation, farewell, len(peers)
     for row, peer in zip(words[_HEAD:].reshape(-1, _ROW), peers, strict=True):
-        flags = peer.slow | peer.work_out << 1 | peer.waits << 2
+        flags = peer.slow | peer.work_out << 1 | peer.waits << 2 | peer.order << 3
         seconds = (peer.phase_seconds, peer.still_seconds, peer.age_seconds)
         step = peer.step & _MAX_INT32 if peer.step >= 0 else -1
         row[:_NUMBERS] = peer.rank, step, flags, peer.fault, *map(_milliseconds, seconds)
@@ -296,25 +299,12 @@ def decode(words: np.ndarray, generation: int, world: Sequence[Identity]) -> tup
         peers.append(
             PeerState(
                 rank=rank, host=world[rank].host, pid=world[rank].pid, step=step, slow=bool(flags & 1),
-                work_out=bool(flags & 2), waits=bool(flags & 4), phase_seconds=phase_seconds,
+                work_out=bool(flags & 2), waits=bool(flags & 4), order=Order(flags >> 3), phase_seconds=phase_seconds,
                 still_seconds=still_seconds, age_seconds=age_seconds, fault=Fault(fault),
                 phase=_to_text(row[_NUMBERS:_WHERE_AT]), where=_to_text(row[_WHERE_AT:]),
             )
         )  # fmt: skip
     return peers, bool(farewell)
-
-
-def encode_identity(identity: Identity) -> np.ndarray:
-    """int32 [words]; the rank is known from its place."""
-    start = identity.start_time
-    words = np.array([identity.pid, start & _MAX_INT32, start >> 31, identity.machine], dtype=np.int32)
-    return np.concatenate([words, _to_words(identity.host, _HOST_BYTES)])
-
-
-def decode_identity(words: np.ndarray, rank: int) -> Identity:
-    """The inverse of encode_identity."""
-    pid, low, high, machine = words[:4].tolist()
-    return Identity(rank, _to_text(words[4:]), pid, low | high << 31, machine)
 
 
 def own_identity(rank: int, host: str) -> Identity:

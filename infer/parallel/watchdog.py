@@ -18,7 +18,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -32,6 +31,7 @@ import torch.distributed as dist
 from infer import launch
 from infer.parallel import peers
 from infer.parallel.peers import AwakeClock, Fault, Identity, Limits, PeerState, Standing
+from infer.signals import Order
 
 if TYPE_CHECKING:
     from infer.parallel.groups import World
@@ -67,10 +67,11 @@ class Watchdog:
         self._limits = limits or Limits()
         tick = self._limits.beat / 2
         self._tick, self._clock = tick, AwakeClock(longest=2 * tick)
-        self._world = [peers.own_identity(world.rank, socket.gethostname())]  # of all ranks, once started
+        self._world, self._generation = world.members, world.generation
         counts_computing = world.device.type == "cpu"
-        self._own = Standing(self._world[0], self._clock, self._limits, counts_computing)
+        self._own = Standing(self._world[self._rank], self._clock, self._limits, counts_computing)
         self._before_end: list[Callable[[], object]] = []
+        self._when_ordered: Callable[[PeerState], object] | None = None
         # What follows changes, or is read for a decision, under _changed.
         self._changed = threading.Condition()
         self._heard: dict[int, tuple[PeerState, float]] = {}  # of every other rank, and when, by _clock
@@ -88,7 +89,6 @@ class Watchdog:
         """Begins to watch. All ranks call it together."""
         if self._size == 1:
             return
-        self._introduce()
         now = self._clock.now()
         watched = range(1, self._size) if self._rank == 0 else [0]
         self._heard = {rank: (self._unheard(rank), now) for rank in watched}
@@ -127,6 +127,41 @@ class Watchdog:
         """Has something done before this process ends for another's loss, within LAST_SECONDS, on another thread."""
         self._before_end.append(do)
 
+    def pass_on(self, order: Order) -> None:
+        """Tells the others that a signal has asked this rank to do something; rank 0 decides what becomes of it.
+
+        From now on rank 0 may end at any time, and this rank with it, without a word.
+        """
+        with self._changed:
+            self._own.order = max(self._own.order, order)
+            self._urgent += 1
+            self._changed.notify_all()
+
+    def when_ordered(self, do: Callable[[PeerState], object]) -> None:
+        """Calls `do`, on another thread, when a rank has passed on an order, or a more urgent one than before."""
+        self._when_ordered = do
+
+    def is_any_lost(self) -> bool:
+        """Whether another rank is lost, as far as that can be told at once: for a signal's meaning.
+
+        torchrun's SIGTERM comes to every rank when its user wants an end, and to the others when one of its ranks has
+        failed, often before a closed connection shows. In the second case torchrun has waited for that rank before, so
+        the process exists no more; in the first no process is gone, as ranks outlast the signal. Ranks of another
+        torchrun need not be looked for: their end makes this rank's torchrun send nothing. (Where torchrun restarts
+        ranks because a node joins, nobody is lost, and they stop as if told to.)
+        """
+        with self._changed:
+            if self._verdict:
+                return True
+            left = set(self._left)
+        machine = self._world[self._rank].machine
+        neighbours = [who for who in self._world if machine and who.machine == machine and who.rank not in left]
+        return any(not launch.is_alive(f"{who.pid}-{who.start_time}") for who in neighbours)
+
+    def is_elsewhere(self, rank: int) -> bool:
+        """Whether that rank is on another machine, and so under another torchrun."""
+        return self._world[rank].machine != self._world[self._rank].machine or not self._world[self._rank].machine
+
     def table(self) -> list[PeerState]:
         """Every rank as last heard of, by rank. On rank 0 at first hand, elsewhere as rank 0 last told."""
         with self._changed:
@@ -161,12 +196,6 @@ class Watchdog:
 
     # ------------------------------------------------------------------ the conversation
 
-    def _introduce(self) -> None:
-        words = torch.from_numpy(peers.encode_identity(self._world[0]))
-        heard = [torch.empty_like(words) for _ in range(self._size)]
-        dist.all_gather(heard, words, group=self._group)
-        self._world = [peers.decode_identity(told.numpy(), rank) for rank, told in enumerate(heard)]
-
     def _unheard(self, rank: int) -> PeerState:
         return PeerState(rank=rank, host=self._world[rank].host, pid=self._world[rank].pid)
 
@@ -178,13 +207,19 @@ class Watchdog:
             while not farewell:
                 table, farewell = self._receive(rank, num_rows)
                 with self._changed:
-                    now = self._clock.now()
+                    now, orders = self._clock.now(), []
                     for peer in table:
                         if peer.rank != self._rank:
+                            before = self._heard.get(peer.rank)
+                            if before is not None and peer.order > before[0].order:
+                                orders.append(peer)
                             self._heard[peer.rank] = (peer, now - peer.age_seconds)
                     if farewell:
                         self._left.add(rank)
                     self._rule([peer for peer in table if peer.fault])
+                for peer in orders:
+                    if self._when_ordered is not None:
+                        self._when_ordered(peer)
 
     def _speak(self, rank: int) -> None:
         """Tells a rank of this one, and rank 0 of all, once a beat and when there is news, until the end."""
@@ -217,13 +252,13 @@ class Watchdog:
                 self._rule([replace(self._aged(rank), fault=fault)])
 
     def _send(self, rank: int, states: Sequence[PeerState], farewell: bool) -> None:
-        words = peers.encode(states, self._env.restart_count, farewell)
+        words = peers.encode(states, self._generation, farewell)
         dist.send(torch.from_numpy(words), dst=rank, group=self._group)
 
     def _receive(self, rank: int, num_rows: int) -> tuple[list[PeerState], bool]:
         words = torch.from_numpy(np.empty(peers.num_words(num_rows), dtype=np.int32))
         dist.recv(words, src=rank, group=self._group)
-        return peers.decode(words.numpy(), self._env.restart_count, self._world)
+        return peers.decode(words.numpy(), self._generation, self._world)
 
     # ------------------------------------------------------------------ judging; all with _changed held
 
@@ -291,8 +326,10 @@ class Watchdog:
 
         def last() -> None:
             launch.exit_if_failed_before(self._env)  # a user's error: the rank that is gone has told it
+            is_expected = self._own.order and [(peer.rank, peer.fault) for peer in blamed] == [(0, Fault.GONE)]
             with contextlib.suppress(OSError, ValueError):
-                os.write(sys.stderr.fileno(), line.encode(errors="backslashreplace"))
+                if not is_expected:
+                    os.write(sys.stderr.fileno(), line.encode(errors="backslashreplace"))
                 sys.stdout.flush()
             for do in self._before_end:
                 do()

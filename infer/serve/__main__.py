@@ -21,20 +21,27 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from infer import launch
 from infer.config import EngineConfig, Parser, ServerConfig, add_flags, from_args
 from infer.serve.timeline import Timeline
+from infer.signals import Order, Orders, hear_signals
 
 if TYPE_CHECKING:
     from infer.engine.loop import Engine
+    from infer.parallel.peers import PeerState
     from infer.parallel.watchdog import Watchdog
+    from infer.process import Process
     from infer.request import Output
     from infer.serve.attachment import Attachment
-    from infer.serve.link import EngineLink
+    from infer.serve.link import EngineLink, Ranks
 
 logger = logging.getLogger("infer.serve")
 
 PORT_WAIT_SECONDS = 15.0  # after a restart: how long the port may still be held by our previous frontend
 NEW_PORT_WAIT_SECONDS = 2.0  # and by that of a torchrun that has just ended
 FRONTEND_RESTARTS = 3  # in a row, each within a minute of the last
-SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes
+RANKS_SECONDS = 1.0  # how often the frontend hears how the ranks are
+SIGN_SECONDS = 5.0  # how often the frontend hears that a start goes on, however long a phase takes, but this one
+JOINING = "joining the world"
+TORCHRUN_PATIENCE = ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")  # of torchrun: seconds from SIGTERM to SIGKILL
+STOP_SECONDS = 3.0  # beyond --shutdown-timeout: for the last step, and for all ranks to end
 
 
 def main() -> None:
@@ -89,11 +96,13 @@ class Server:
         self._frontend: Attachment | None = None
         self._phase, self._is_ready = "starting", threading.Event()
         self._watchdog: Watchdog | None = None
+        self._process: Process | None = None
+        self._orders, self._stopping = Orders(), Order.NONE
+        self._end_once = threading.Lock()  # never released
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Serves until the process is told to end. A user's mistake ends it with one line, anything else in a trace."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: self._end(0, f"told to end ({signal.Signals(number).name})"))
+        hear_signals(self._take_signal)
         try:
             engine = self._start()
         except ValueError as error:
@@ -104,6 +113,7 @@ class Server:
             self._crash(error)
         try:
             self._loop(engine)
+            self._finish(engine)
         except Exception as error:  # whatever it is, it is not the user's configuration: torchrun starts the ranks anew
             self._crash(error)
 
@@ -138,10 +148,11 @@ class Server:
             self._timeline.begin("checking the model")
             check(config, self._env.world_size, program)
             self._connect()
-        self._begin_phase("joining the world")
-        process = Process.join(self._env)
+        self._begin_phase(JOINING)
+        self._process = process = Process.join(self._env)
         self._watchdog = process.world.watchdog
         self._watchdog.before_end(self._leave_frontend)
+        self._watchdog.when_ordered(self._take_order)
         if self._frontend is None:
             self._timeline.begin("checking the model")
             model_path, _ = check(config, self._env.world_size, program)
@@ -158,7 +169,17 @@ class Server:
         self._is_ready.set()
         self._say_hello(engine)
         logger.info(self._timeline.line())
+        self._check_shutdown_timeout()
         return engine
+
+    def _check_shutdown_timeout(self) -> None:
+        asked, given = self._server.shutdown_timeout, float(os.environ.get(*TORCHRUN_PATIENCE))
+        if self._env.under_torchrun and asked + STOP_SECONDS > given:
+            logger.warning(
+                "--shutdown-timeout %g: torchrun kills the ranks %g s after it was told to end, before requests have "
+                "had their time; set %s=%.0f for torchrun",
+                asked, given, TORCHRUN_PATIENCE[0], asked + STOP_SECONDS + 2,
+            )  # fmt: skip
 
     def _begin_phase(self, phase: str) -> None:
         self._timeline.begin(phase)
@@ -180,13 +201,58 @@ class Server:
         traceback.print_exception(error)
         self._end(1)
 
+    # ------------------------------------------------------------------ being told to end
+
+    def _take_signal(self, number: signal.Signals) -> None:
+        """On the signals' thread. A signal that comes because a rank was lost is no wish of the user's."""
+        order = self._orders.take(number)
+        if self._watchdog is not None and self._watchdog.is_any_lost():
+            self._watchdog.lost("another rank has ended, and torchrun ends this one")
+        self._stop(order, f"the server was told to end ({number.name})")
+
+    def _take_order(self, peer: "PeerState") -> None:
+        """On the watchdog's thread: another rank has had a signal, maybe from a torchrun that is not this rank's."""
+        self._stop(peer.order, f"rank {peer.rank} was told to end")
+
+    def _stop(self, order: Order, reason: str) -> None:
+        """Has the frontend end when it is time to, and then this process. A start is broken off."""
+        if order <= self._stopping:
+            return
+        self._stopping = order
+        if not self._is_ready.is_set():
+            self._end(0, reason)
+        from infer.serve.link import Stop
+
+        timeout_s = self._server.shutdown_timeout if order is Order.STOP else 0.0
+        self._link.send(Stop(reason=reason, timeout_s=timeout_s))
+        late = threading.Timer(timeout_s + STOP_SECONDS, self._end, (1, f"{reason}, and did not come to its end"))
+        late.daemon = True
+        late.start()
+
+    def _finish(self, engine: "Engine") -> NoReturn:
+        """The frontend has told every client: all ranks end, with status 0."""
+        assert self._process is not None, "the world was joined"
+        engine.close()
+        self._process.leave()
+        logger.info("All ranks have ended their work")
+        self._end(0, "the server has ended")
+
+    # ------------------------------------------------------------------ serving
+
     def _loop(self, engine: "Engine") -> None:
+        """Until the frontend has ended, after it was told to stop."""
+        from infer.serve.link import Bye, Closed
+
         while True:
             while not (engine.has_work and self._inbox.empty()):
                 try:
-                    self._handle_message(engine, self._inbox.get(timeout=1.0))
+                    message = self._inbox.get(timeout=1.0)
                 except queue.Empty:
                     engine.log_stats()
+                else:
+                    if self._stopping and isinstance(message, (Closed, Bye)):
+                        return
+                    self._handle_message(engine, message)
                 if not engine.has_work:  # else the figures mean more after the step that schedules it
                     self._send_stats(engine)
             if outputs := engine.step():
@@ -248,11 +314,20 @@ class Server:
         self._timeline.begin("starting the frontend")
         self._frontend.connect()
 
-        def say_on() -> None:
-            while not self._is_ready.wait(SIGN_SECONDS):
-                self._say_phase()
+        threading.Thread(target=self._say_on, name="signs", daemon=True).start()
 
-        threading.Thread(target=say_on, name="signs", daemon=True).start()
+    def _say_on(self) -> None:
+        """Tells the frontend how the ranks are, whatever the main loop does, and that a start goes on."""
+        said = time.monotonic()
+        while True:
+            time.sleep(RANKS_SECONDS)
+            if self._watchdog is not None:
+                self._link.send(ranks_message(self._watchdog.table()))
+            # To wait for a node that may never come is no progress.
+            is_starting = not self._is_ready.is_set() and self._phase != JOINING
+            if is_starting and time.monotonic() - said >= SIGN_SECONDS:
+                said = time.monotonic()
+                self._say_phase()
 
     def _say_started(self, request_ids: list[str]) -> None:
         from infer.serve.link import Started
@@ -284,6 +359,8 @@ class Server:
 
     def _replace_frontend(self, engine: "Engine", reason: str) -> None:
         """The frontend is gone, and with it its clients' connections, or it does not want this engine: get another."""
+        from infer.serve.link import Stop
+
         assert self._frontend is not None
         lost = list(engine.scheduler.unfinished())
         for request_id in lost:
@@ -298,20 +375,39 @@ class Server:
         self._frontend_starts.append(time.monotonic())
         self._frontend.replace()
         self._say_hello(engine)
+        if self._stopping:  # meanwhile: there was none to tell
+            self._link.send(Stop(reason="the server was told to end", timeout_s=0.0))
 
     def _leave_frontend(self, reason: str = "another rank is lost") -> None:
         if self._frontend is not None:
-            self._frontend.leave(reason)
+            # During a start nobody can tell yet whose wish a signal is; the frontend then goes by torchrun's end.
+            self._frontend.leave(reason, final=bool(self._stopping) and self._is_ready.is_set())
 
     def _end(self, status: int, reason: str = "rank 0 crashed") -> NoReturn:
         """Ends this process now. Without torchrun the frontend ends with it; else that waits for the next, or for
-        torchrun's end: which it is, only torchrun knows, which sends SIGTERM for the loss of another rank, too.
+        torchrun's end, unless it was told to stop. Of several threads that call this the first one goes on.
         """
+        self._end_once.acquire()
         if self._watchdog is not None:
             self._watchdog.stand_down()  # torchrun ends the other ranks as well
         self._leave_frontend(reason)
         sys.stderr.flush()
         os._exit(status)
+
+
+def ranks_message(table: "list[PeerState]") -> "Ranks":
+    """The watchdog's table for the frontend. Hosts and places in the program are for the log, not for clients."""
+    from infer.serve.link import Ranks, RankState
+
+    return Ranks(
+        items=[
+            RankState(
+                rank=peer.rank, phase=peer.phase, step=peer.step, busy=peer.work_out,
+                phase_seconds=peer.phase_seconds, age_seconds=peer.age_seconds,
+            )
+            for peer in table
+        ]
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Api:
         return await self._generate(http, self._intake.chat)
 
     async def _generate(self, http: web.Request, take_in: TakeIn) -> web.StreamResponse:
+        self._client.check_open()
         hello = self._client.ready()
         taken = await take_in(await self._bodies.read(http), hello, lambda body: _base_id(http, body))
         body, reply = taken.body, taken.reply

@@ -83,9 +83,25 @@ class ServerRoutes:
         router.add_get("/openapi.json", self.document)
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 while every rank is heard from, else 503 with the rank, or with the phase of a start-up."""
-        self._client.check_alive()
-        return web.json_response({"status": "ok"})
+        """200 while every rank is heard from, else 503 with the rank, or with the phase of a start-up; and every rank's
+        state in either case, as far as it is known."""
+        known = {"phase": self._client.phase, "ranks": self._ranks()}
+        try:
+            self._client.check_alive()
+        except ApiError as error:
+            return web.json_response({**error.body(), **known}, status=error.status, headers=error.headers)
+        return web.json_response({"status": "stopping" if self._client.stop_reason else "ok", **known})
+
+    def _ranks(self) -> list[dict[str, Any]]:
+        since = time.monotonic() - self._client.ranks_time
+        return [
+            {
+                "rank": state.rank, "phase": state.phase, "step": None if state.step < 0 else state.step,
+                "busy": state.busy, "seconds_in_phase": round(state.phase_seconds + state.age_seconds + since, 1),
+                "seconds_since_heard": round(state.age_seconds + since, 1),
+            }
+            for state in self._client.ranks
+        ]  # fmt: skip
 
     async def ping(self, request: web.Request) -> web.Response:
         """As /health, without a word: what SageMaker asks."""
@@ -94,6 +110,7 @@ class ServerRoutes:
 
     async def is_ready(self, request: web.Request) -> web.Response:
         """200 while the engine takes requests: not during a start or restart, and not once the server is ending."""
+        self._client.check_open()
         self._client.check_up()
         return web.json_response({"status": "ready"})
 

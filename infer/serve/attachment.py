@@ -17,7 +17,7 @@ from infer.serve.spawn import FrontendHandle, spawn_frontend
 FIND_SECONDS = 30.0  # a frontend that is there but does not answer is starting or ending; both take less
 FIND_POLL_SECONDS = 0.05
 LEAVE_SECONDS = 0.2  # last words may take so long
-STOP_SECONDS = 3.0  # a frontend of this process's own may take so long to tell its clients
+STOP_SECONDS = 5.0  # a frontend of this process's own may take so long to tell its clients
 
 
 class Attachment:
@@ -82,8 +82,10 @@ class Attachment:
 
     def leave(self, reason: str, final: bool = False) -> None:
         """This process is going to end; and with final, or without torchrun, the frontend too. May be called twice."""
-        if self._link is not None and self._env.agent_pid:
-            self._link.send(Bye(reason=reason, final=final))
+        is_own = not self._env.agent_pid
+        if self._link is not None:
+            self._link.send(Bye(reason=reason, final=final or is_own))
             self._link.close(LEAVE_SECONDS)
-        elif self._handle is not None:
-            self._handle.stop(STOP_SECONDS)
+        if is_own and self._handle is not None:
+            # Without a link it has no clients; with one it ends by itself, and a signal might come at its very end.
+            self._handle.stop(STOP_SECONDS, ask=self._link is None)

@@ -2,38 +2,34 @@
 
 import asyncio
 import logging
-import os
-import socket
-import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 from infer.request import FinishReason, Output, Request
-from infer.serve.errors import ApiError, check_model
+from infer.serve.engine_socket import read_attach, read_message
+from infer.serve.errors import ApiError, check_model, unavailable
 from infer.serve.job import Job
 from infer.serve.link import (
-    HEADER,
     Abort,
     Attach,
     Bye,
     EngineStats,
-    FromEngine,
     Hello,
     LinkError,
     Message,
     Outputs,
     Progress,
+    Ranks,
+    RankState,
     Started,
+    Stop,
     Submit,
-    decode_from_engine,
     encode_frame,
-    frame_length,
 )
 from infer.serve.metrics import Metrics
 from infer.serve.replay import Replay
 
 DISCONNECT_S = 1.0
-ATTACH_S = 10.0  # an engine says who it is within so long
 # The engine sends something after every step and every second without one. The longest steps, large prompts on a CPU,
 # take seconds.
 MAX_SILENCE_S = 30.0
@@ -55,7 +51,9 @@ class EngineClient:
     must say, so that a frontend never serves another model's engine. max_queued: prompts that may wait for their first
     token. identity: what an engine must say in Attach. restart_deadline: seconds without an engine, or a sign of one
     that starts, after which all is over; None where it is over as soon as the engine is. stats: the engine's latest
-    figures, which came at stats_time (time.monotonic()).
+    figures, which came at stats_time (time.monotonic()). ranks, ranks_time: the same of the ranks' states, which stay
+    as they were when the engine is gone, until there is news of the next one's. when_stopped: called where the engine
+    says that the server is to end, with the reason and the seconds left; whoever ends it sets stop_reason.
     """
 
     def __init__(
@@ -65,12 +63,16 @@ class EngineClient:
         self.model_names = model_names
         self.metrics = metrics or Metrics(model_names[0])
         self.phase = "waiting for the engine"
+        self.stop_reason = ""  # why the server is going to end, once it is
+        self.when_stopped: Callable[[str, float], object] = lambda reason, timeout_s: None
         self.hello: Hello | None = None  # of the latest engine, which may be gone
         self.connected = asyncio.Event()  # set once, with the first Hello
         self.lost = asyncio.Event()  # set once, when the engine is gone and no other will be taken
         self.lost_reason = ""
         self.stats: EngineStats | None = None
         self.stats_time = 0.0
+        self.ranks: list[RankState] = []
+        self.ranks_time = 0.0
         self._max_queued = max_queued
         self._identity, self._restart_deadline = identity, restart_deadline
         self._deadline: asyncio.TimerHandle | None = None
@@ -110,8 +112,7 @@ class EngineClient:
         During a restart there is one: requests are taken, and wait for the next engine.
         """
         if self.hello is None:
-            message = f"the server is not ready: {self.phase}"
-            raise ApiError(503, message, type="service_unavailable", code="not_ready", headers={"Retry-After": "1"})
+            raise unavailable(f"the server is not ready: {self.phase}", "not_ready")
         return self.hello
 
     @property
@@ -123,8 +124,12 @@ class EngineClient:
         """Raises ApiError (503) unless an engine is there that takes requests."""
         self.ready()
         if self.is_restarting:
-            message = f"the server is restarting: {self.phase}"
-            raise ApiError(503, message, type="service_unavailable", code="restarting", headers={"Retry-After": "1"})
+            raise unavailable(f"the server is restarting: {self.phase}", "restarting")
+
+    def check_open(self) -> None:
+        """Raises ApiError (503) once the server is going to end: it takes no new requests then."""
+        if self.stop_reason:
+            raise unavailable(f"the server is shutting down and takes no new requests: {self.stop_reason}", "stopping")
 
     def check_alive(self) -> None:
         """Raises ApiError (503), which names the rank, unless every rank was heard from lately: rank 0 itself while it
@@ -135,8 +140,7 @@ class EngineClient:
         silence = dict(enumerate(ages)) | {0: time.monotonic() - self._heard if self._jobs else 0.0}
         rank, seconds = max(silence.items(), key=lambda item: item[1])
         if seconds > MAX_SILENCE_S:
-            message = f"rank {rank} was last heard from {seconds:.0f} s ago"
-            raise ApiError(503, message, type="service_unavailable", code="rank_silent")
+            raise unavailable(f"rank {rank} was last heard from {seconds:.0f} s ago", "rank_silent", None)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError (404) unless a request that names this model may be served here; None and "" name none."""
@@ -148,8 +152,10 @@ class EngineClient:
         """Hands requests to the engine, or during a restart to the next. on_overflow is called when their reader falls
         too far behind. frames: submission(requests), where a thread has made it.
 
-        Raises ApiError: 503 before the first engine, 429 where as many prompts wait as may.
+        Raises ApiError: 503 before the first engine and once the server is going to end, 429 where as many prompts wait
+        as may.
         """
+        self.check_open()
         self.ready()
         self._check_queue()
         job = Job(requests, on_overflow)
@@ -219,7 +225,8 @@ class EngineClient:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One engine's connection, from its beginning to its end. One of a later generation ends those before."""
-        if not _is_same_user(writer) or self.lost.is_set() or not await self._may_attach(reader, writer):
+        attach = await read_attach(reader, writer)
+        if attach is None or self.lost.is_set() or not self._may_attach(attach, writer):
             logger.warning("Refused a connection to the engine's socket")
             writer.close()
             return
@@ -231,7 +238,7 @@ class EngineClient:
         reason, final = "the engine has ended", False
         try:
             while writer is self._writer:  # else another engine has taken its place
-                message = await _read_message(reader)
+                message = await read_message(reader)
                 if writer is not self._writer:
                     break
                 self._heard = time.monotonic()
@@ -254,15 +261,9 @@ class EngineClient:
                 self._engine_gone(reason, final)
                 self._idle.set()
 
-    async def _may_attach(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Reads who is there. One that may not is told why; where it is of another model, this server ends."""
-        try:
-            async with asyncio.timeout(ATTACH_S):
-                message = await _read_message(reader)
-        except (TimeoutError, asyncio.IncompleteReadError, OSError, LinkError):
-            return False
-        if not isinstance(message, Attach) or self.lost.is_set():
-            return False
+    def _may_attach(self, message: Attach, writer: asyncio.StreamWriter) -> bool:
+        """Whether this engine is to come next. One that may not is told why; where it is of another model, this server
+        ends."""
         reason = None
         if message.identity != self._identity:
             reason = "the model's files or the server's flags are not those that this frontend was started with"
@@ -283,7 +284,7 @@ class EngineClient:
         """All that it had not told is to be done again, by the next engine. final: there will be none."""
         self.metrics.engine_lost()
         self.stats = None
-        if self._restart_deadline is None or final or self.lost.is_set():
+        if self._restart_deadline is None or final or self.stop_reason or self.lost.is_set():
             self.fail_all(reason)
             return
         guilty = self._replay.close()
@@ -341,6 +342,10 @@ class EngineClient:
                 if not self._replay.is_open:  # else it was overtaken by Hello
                     self.phase = message.phase
                     self._await_sign()
+            case Ranks():
+                self.ranks, self.ranks_time = message.items, time.monotonic()
+            case Stop():
+                self.when_stopped(message.reason, message.timeout_s)
             case Hello():
                 self._welcome(message)
             case Attach():
@@ -393,7 +398,7 @@ class EngineClient:
         self.metrics.engine_lost()
         self.phase = reason
         for job in set(self._jobs.values()):
-            job.fail(ApiError(503, reason, type="service_unavailable", code="engine_gone"))
+            job.fail(unavailable(reason, "engine_gone", None))
         if not self.lost.is_set():
             self.lost_reason = reason
             self.lost.set()
@@ -410,19 +415,3 @@ class EngineClient:
         except TimeoutError:  # the engine reads nothing any more
             self._writer.transport.abort()
             await self._idle.wait()
-
-
-async def _read_message(reader: asyncio.StreamReader) -> FromEngine:
-    """Raises LinkError, IncompleteReadError at the end, OSError."""
-    header = await reader.readexactly(HEADER.size)
-    return decode_from_engine(await reader.readexactly(frame_length(header)))
-
-
-def _is_same_user(writer: asyncio.StreamWriter) -> bool:
-    """The socket's directory keeps other users out already; this holds where it has been opened up."""
-    connection = writer.get_extra_info("socket")
-    if connection is None or not hasattr(socket, "SO_PEERCRED"):
-        return True
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return uid == os.getuid()

@@ -24,6 +24,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
+def unavailable(message: str, code: str, retry_s: int | None = 1) -> ApiError:
+    """503. retry_s: when it is worth another try, where that can be said."""
+    headers = {} if retry_s is None else {"Retry-After": str(retry_s)}
+    return ApiError(503, message, type="service_unavailable", code=code, headers=headers)
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 

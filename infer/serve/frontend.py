@@ -3,14 +3,15 @@
     python -m infer.serve.frontend < CONFIG     # a FrontendConfig as JSON: keys never stand in a command line
 
 Rank 0 starts it (spawn.py). Under torchrun it outlives rank 0, keeps its clients, and hands their requests to the next
-rank 0; it ends with torchrun. Without torchrun it ends when its engine does. SIGTERM and SIGINT end it, too. Open
-streams get an error event first.
+rank 0; it ends with torchrun. Without torchrun it ends when its engine does. What is open gets an error then. Where it
+is told to end, by a signal or by rank 0, which had one, it first lets the requests under way finish.
 """
 
 import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -41,9 +42,11 @@ from infer.serve.loop_lag import LoopLag
 from infer.serve.metrics import Metrics
 from infer.serve.spawn import Ready, remove_socket
 from infer.serve.text import Tokenizer
+from infer.signals import Order, Orders, stop_signals
 
-DRAIN_S = 3.0  # for open replies to get their error event out
+ERRORS_S = 3.0  # for open replies to get their error event out
 PORT_POLL_S = 0.1
+STOP_POLL_S = 0.02
 
 logger = logging.getLogger("infer.frontend")
 
@@ -61,13 +64,18 @@ class Frontend:
             *config.model_names, max_queued=config.max_num_queued_reqs, metrics=self._metrics,
             identity=config.identity, restart_deadline=config.restart_deadline if config.agent_pid else None,
         )  # fmt: skip
+        self._client.when_stopped = self._stop
+        self._orders = Orders()
+        self._stop_at = math.inf  # when requests under way are cut off, once the server is told to end
+        self._stopping: asyncio.Task[None] | None = None
+        self._api: Api | None = None
         self._lag = LoopLag()
         self._sockets: list[socket.socket] = []
 
     async def run(self) -> int:
         """Serves until the engine ends or a signal comes; returns the exit status. Raises ValueError at the start."""
         try:
-            api, runner, servers, engine_server = await self._start()
+            self._api, runner, servers, engine_server = await self._start()
         except OSError as error:
             raise ValueError(f"the frontend cannot start: {error}") from None
         report(self._config, Ready(port=0 if self._config.uds else self._sockets[0].getsockname()[1]))
@@ -86,7 +94,7 @@ class Frontend:
         self._client.fail_all(self._reason)
         engine_server.close()
         await self._client.disconnect(self._reason)
-        await self._drain(runner, api)
+        await self._close(runner, self._api)
         return self._status
 
     def _stop_listening(self, servers: list[asyncio.Server]) -> None:
@@ -98,8 +106,8 @@ class Frontend:
     async def _start(self) -> tuple[Api, web.AppRunner, list[asyncio.Server], asyncio.Server]:
         """The HTTP servers, one an address, and the engine's. Raises ValueError or OSError."""
         loop, config = asyncio.get_running_loop(), self._config
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, f"the server was told to end ({number.name})", 0)
+        for number in stop_signals():
+            loop.add_signal_handler(number, self._take_signal, number)
         self._watch_parent(loop)
         tls = tls_context(config)
         connections = Connections(raise_descriptor_limit(config.max_connections))
@@ -137,6 +145,32 @@ class Frontend:
                 if self._ending.is_set() or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(PORT_POLL_S)
+
+    def _take_signal(self, number: signal.Signals) -> None:
+        order = self._orders.take(number)
+        if order:
+            timeout_s = self._config.shutdown_timeout if order is Order.STOP else 0.0
+            self._stop(f"the server was told to end ({number.name})", timeout_s)
+
+    def _stop(self, reason: str, timeout_s: float) -> None:
+        """Refuses new requests from now on, and ends once those under way are done, in timeout_s seconds at the latest.
+        Called again, it may shorten the time."""
+        self._stop_at = min(self._stop_at, time.monotonic() + timeout_s)
+        if self._stopping is None:
+            self._client.stop_reason = reason
+            num_open = 0 if self._api is None else self._api.num_open
+            logger.info("%s; %d requests have %g s to finish", reason, num_open, timeout_s)
+            self._stopping = asyncio.create_task(self._let_finish(reason))
+
+    async def _let_finish(self, reason: str) -> None:
+        begun = time.monotonic()
+        while (num_open := self._api.num_open if self._api is not None else 0) and time.monotonic() < self._stop_at:
+            await asyncio.sleep(STOP_POLL_S)
+        if num_open:
+            seconds = time.monotonic() - begun
+            logger.warning("%d requests were not done within %.1f s; they are cut off", num_open, seconds)
+            reason += f", and this request was not done within {seconds:.1f} s (--shutdown-timeout)"
+        self._end(reason, 0)
 
     def _end(self, reason: str, status: int) -> None:
         """The first reason counts."""
@@ -177,11 +211,11 @@ class Frontend:
         await self._client.connected.wait()
         logger.info("Serving %s on %s", ", ".join(self._client.model_names), where)
 
-    async def _drain(self, runner: web.AppRunner, api: Api) -> None:
+    async def _close(self, runner: web.AppRunner, api: Api) -> None:
         """Lets the handlers tell their clients, then closes every connection."""
         assert runner.server is not None
         try:
-            async with asyncio.timeout(DRAIN_S):
+            async with asyncio.timeout(ERRORS_S):
                 while api.num_open:
                     await asyncio.sleep(0.02)
         except TimeoutError:

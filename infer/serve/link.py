@@ -117,6 +117,32 @@ class Progress(_Message):
     phase: str
 
 
+class RankState(msgspec.Struct, forbid_unknown_fields=True):
+    """A rank as the watchdog knows it. step: of its main loop, -1 before the first. busy: it has a batch to run.
+    phase_seconds: since that phase began. age_seconds: since that was heard."""
+
+    rank: int
+    phase: str
+    step: int
+    busy: bool
+    phase_seconds: float
+    age_seconds: float
+
+
+class Ranks(_Message):
+    """Engine to frontend, every second once the ranks have found one another: how each of them is, by rank."""
+
+    items: list[RankState]
+
+
+class Stop(_Message):
+    """Engine to frontend: a signal has asked the server to stop. New requests are to be refused; those under way have
+    timeout_s seconds. The frontend says Bye when they are done. May come again, with less time."""
+
+    reason: str
+    timeout_s: float
+
+
 class Bye(_Message):
     """Either way: the sender is going to end, on purpose. final: and there will be no other engine after it."""
 
@@ -131,8 +157,8 @@ class Closed(msgspec.Struct):
 
 
 FromFrontend = Submit | Abort | Bye
-FromEngine = Attach | Hello | Started | Outputs | EngineStats | Progress | Bye
-Message = Submit | Abort | Bye | Attach | Hello | Started | Outputs | EngineStats | Progress
+FromEngine = Attach | Hello | Started | Outputs | EngineStats | Progress | Ranks | Stop | Bye
+Message = Submit | Abort | Bye | Attach | Hello | Started | Outputs | EngineStats | Progress | Ranks | Stop
 
 _ENCODER = msgspec.msgpack.Encoder()
 

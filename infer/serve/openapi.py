@@ -90,7 +90,7 @@ OPERATIONS = (
     Operation(
         "get", "/v1/models/{model}", "retrieveModel", "One of these names", "Models", replies.ModelCard, errors=(404,)
     ),
-    Operation("get", "/health", "health", "Whether every rank works", "Server", replies.Status, public=True),
+    Operation("get", "/health", "health", "Whether every rank works", "Server", replies.Health, public=True),
     Operation("get", "/ready", "ready", "Whether requests are taken", "Server", replies.Status, public=True),
     Operation("get", "/ping", "ping", "Whether the server answers", "Server", None, public=True),
     Operation("post", "/ping", "postPing", "Whether the server answers", "Server", None, public=True),

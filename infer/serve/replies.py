@@ -26,10 +26,24 @@ class ErrorDetail(_Reply):
     code: str | None
 
 
+class RankStatus(_Reply):
+    """A rank as it was last heard of. phase: what its main loop does, for seconds_in_phase. step: of its main loop,
+    null before the first. busy: it has a batch to run."""
+
+    rank: int
+    phase: str
+    step: int | None
+    busy: bool
+    seconds_in_phase: float
+    seconds_since_heard: float
+
+
 class Error(_Reply):
-    """Every failure, also inside a stream."""
+    """Every failure, also inside a stream. phase, ranks: those of /health alone."""
 
     error: ErrorDetail
+    phase: str | UnsetType = UNSET
+    ranks: list[RankStatus] | UnsetType = UNSET
 
 
 class PromptTokensDetails(_Reply):
@@ -296,9 +310,17 @@ class ModelList(_Reply):
 
 
 class Status(_Reply):
-    """The reply of /health and /ready when all is well."""
+    """The reply of /ready when all is well."""
 
     status: str
+
+
+class Health(_Reply):
+    """The reply of /health when all is well. status: ok, or stopping once the server is told to end."""
+
+    status: str
+    phase: str
+    ranks: list[RankStatus]
 
 
 class Version(_Reply):

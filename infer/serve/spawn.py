@@ -67,12 +67,13 @@ class FrontendHandle:
         """The exit status, negative for a signal; None while it runs."""
         return self._process.poll()
 
-    def stop(self, timeout: float = 10.0) -> int:
+    def stop(self, timeout: float = 10.0, *, ask: bool = True) -> int:
         """Asks it to end, kills it after `timeout` seconds, and returns its exit status. May be called twice.
 
-        One that nobody has waited for has no clients yet, and nothing to say: it is killed at once.
+        ask: False where it is ending already. One that nobody has waited for has no clients yet, and nothing to say: it
+        is killed at once.
         """
-        if self._process.poll() is None:
+        if self._process.poll() is None and (ask or not self._was_ready):
             self._process.send_signal(signal.SIGTERM if self._was_ready else signal.SIGKILL)
         try:
             status = self._process.wait(timeout)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from infer.config import ServerConfig
 from infer.request import FinishReason, Output, Request, TokenLogprobs
-from infer.serve.link import Abort, Closed, EngineLink, Hello, Outputs, Started, Submit
+from infer.serve.link import Abort, Bye, Closed, EngineLink, Hello, Outputs, Started, Submit
 from infer.serve.spawn import FrontendHandle, start_frontend
 from infer.serve.text import Tokenizer as InferTokenizer
 
@@ -64,6 +64,7 @@ class FakeEngine:
         self.is_stuck = False
         self.requests: list[Request] = []
         self.aborts: list[Abort] = []
+        self.bye: Bye | None = None
         self.closed: Closed | None = None
         self.delay = 0.0
         self.tokens_per_step = 1
@@ -115,6 +116,8 @@ class FakeEngine:
                 for key in list(self._running):
                     if key[0] == request_id and index in (None, key[1]):
                         del self._running[key]
+            case Bye():
+                self.bye = message
             case Closed():
                 self.closed = message
 

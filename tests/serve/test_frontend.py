@@ -25,7 +25,7 @@ JSON = {"Content-Type": "application/json"}
 @pytest.fixture
 def ready(tokenizer_path, tokenizer):
     """(handle, engine) of this test alone."""
-    with frontend(tokenizer_path) as handle:
+    with frontend(tokenizer_path, shutdown_timeout=0.0) as handle:
         engine = FakeEngine(handle, tokenizer)
         engine.hello()
         wait_until(lambda: is_ready(handle.port))

@@ -18,6 +18,9 @@ from infer.serve.link import (
     LinkError,
     Outputs,
     Progress,
+    Ranks,
+    RankState,
+    Stop,
     Submit,
     coalesce,
     decode_from_engine,
@@ -33,6 +36,8 @@ OUTPUT = Output(
     prompt_logprobs=[None, TokenLogprobs([1], [-2.0], [3])], finish_reason=FinishReason.STOP, stop_reason=7,
 )  # fmt: skip
 HELLO = Hello(generation=1, model_name="m", max_model_len=9, vocab_size=10, eos_token_ids=[2])
+STOP = Stop(reason="x", timeout_s=2.5)
+RANKS = Ranks(items=[RankState(rank=0, phase="serving", step=-1, busy=True, phase_seconds=1.5, age_seconds=0.0)])
 
 
 @pytest.mark.parametrize("message", [Submit(request=REQUEST), Abort(request_id="r", index=1), Bye(reason="x")])
@@ -42,7 +47,7 @@ def test_from_the_frontend(message):
     assert decode_from_frontend(frame[4:]) == message
 
 
-@pytest.mark.parametrize("message", [HELLO, Outputs(items=[OUTPUT]), Progress(phase="p"), Bye(reason="x")])
+@pytest.mark.parametrize("message", [HELLO, Outputs(items=[OUTPUT]), Progress(phase="p"), RANKS, STOP, Bye(reason="x")])
 def test_from_the_engine(message):
     assert decode_from_engine(encode_frame(message)[4:]) == message
 

@@ -192,7 +192,7 @@ def test_tool_calls_are_as_it_says() -> None:
     [
         ("/v1/models", replies.ModelList, None),
         (f"/v1/models/{MODEL}", replies.ModelCard, None),
-        ("/health", replies.Status, None),
+        ("/health", replies.Health, None),
         ("/ready", replies.Status, None),
         ("/version", replies.Version, None),
         ("/load", replies.Load, None),
