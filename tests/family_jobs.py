@@ -36,6 +36,12 @@ def layouts() -> list[tuple[int, int]]:
     return [*LAYOUTS_ALWAYS, names[wanted] if wanted else LAYOUTS_IN_TURN[today % len(LAYOUTS_IN_TURN)]]
 
 
+def families(tp: int) -> list[str]:
+    """Those that run with so many tensor-parallel ranks: expert parallelism says nothing where there is one."""
+    spread = [name for name, recipe in RECIPES.items() if (recipe.engine or {}).get("enable_expert_parallel")]
+    return [name for name in RECIPES if tp > 1 or name not in spread]
+
+
 def family_job(name: str, path: Path, tp: int, pp: int) -> Job:
     engine = {
         "model": str(path), "dtype": "float32", "tensor_parallel_size": tp, "pipeline_parallel_size": pp,

@@ -21,7 +21,7 @@ from infer.models.decoder import Stage
 from infer.weights import Checkpoint, check_weights, names_of
 
 MAX_NEAR_TIES = 3  # over the 256 tokens of a family
-LAYOUTS = family_jobs.layouts()
+CASES = [(tp, pp, family) for tp, pp in family_jobs.layouts() for family in family_jobs.families(tp)]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def results(paths, tmp_path_factory):
 
     def run(tp, pp):
         if (tp, pp) not in found:
-            jobs = [family_jobs.family_job(name, path, tp, pp) for name, path in paths.items()]
+            jobs = [family_jobs.family_job(name, paths[name], tp, pp) for name in family_jobs.families(tp)]
             root = tmp_path_factory.mktemp(f"families-tp{tp}-pp{pp}")
             try:
-                found[tp, pp] = run_jobs(jobs, root, ranks=tp * pp, timeout=300, torchrun=tp * pp > 1)
+                found[tp, pp] = run_jobs(jobs, root, ranks=tp * pp, timeout=420, torchrun=tp * pp > 1)
             except Exception as error:
                 found[tp, pp] = error  # the world is not run again for each test
         if isinstance(found[tp, pp], Exception):
@@ -65,8 +65,7 @@ def score(paths):
     return of
 
 
-@pytest.mark.parametrize("family", RECIPES)
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS, ids=[f"{tp}x{pp}" for tp, pp in LAYOUTS])
+@pytest.mark.parametrize(("tp", "pp", "family"), CASES, ids=[f"{tp}x{pp}-{family}" for tp, pp, family in CASES])
 def test_greedy_equals_transformers(tp, pp, family, results, score, record_property):
     """Each token is the reference's first choice after those before it, so all of them are its greedy continuation."""
     near_ties = 0

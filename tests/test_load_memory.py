@@ -4,10 +4,11 @@ Measured is anonymous memory: a checkpoint's files are mapped, and their pages c
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,18 @@ from infer.models.config import load_model_config
 from infer.models.decoder import Stage
 from infer.parallel.groups import alone
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 9,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 4096, "max_position_embeddings": 256,
+COMMON = {
+    "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 256,
     "torch_dtype": "bfloat16",
+}  # fmt: skip
+CONFIGS = {  # some 405 MB each
+    "dense": COMMON | {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "num_hidden_layers": 9, "intermediate_size": 4096,
+    },
+    "experts": COMMON | {
+        "architectures": ["MixtralForCausalLM"], "vocab_size": 8000, "num_hidden_layers": 4, "intermediate_size": 1792,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
+    },
 }  # fmt: skip
 NUM_FILES = 6
 OVERHEAD = 300 << 20  # the interpreter, torch, and what is on its way from a file into its place
@@ -32,10 +41,24 @@ TIMEOUT = 120.0
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """403 MB in bfloat16 over several files, deleted afterwards."""
-    path = tmp_path_factory.mktemp("load")
-    (path / "config.json").write_text(json.dumps(CONFIG))
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """The checkpoint of that name, written when it is first asked for, and deleted in the end."""
+    written: dict[str, Path] = {}
+
+    def checkpoint(name: str) -> Path:
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp(name)
+            write_checkpoint(written[name], CONFIGS[name])
+        return written[name]
+
+    yield checkpoint
+    for path in written.values():
+        shutil.rmtree(path)
+
+
+def write_checkpoint(path: Path, config: dict[str, object]) -> None:
+    """Over several files, in bfloat16."""
+    (path / "config.json").write_text(json.dumps(config))
     c = load_model_config(path, EngineConfig(model=str(path)))
     meta = torch.device("meta")
     stage = Stage(c, range(c.num_layers), alone(), is_first=True, is_last=True, dtype=torch.bfloat16, device=meta)
@@ -52,9 +75,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         weight_map |= dict.fromkeys(tensors, file.name)
         tensors.clear()
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    yield path
-    for file in path.iterdir():
-        file.unlink()
 
 
 def peak_while_loading(checkpoint: Path, *args: object) -> tuple[int, int]:
@@ -85,13 +105,18 @@ def anonymous_bytes(pid: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("tp", "tp_size", "pp", "pp_size", "dtype"),
-    [(0, 2, 0, 1, "bfloat16"), (1, 2, 0, 1, "float32"), (0, 1, 0, 2, "bfloat16"), (0, 1, 1, 2, "bfloat16")],
+    ("name", "tp", "tp_size", "pp", "pp_size", "options"),
+    [
+        ("dense", 0, 2, 0, 1, {}),
+        ("dense", 1, 2, 0, 1, {"dtype": "float32"}),
+        ("dense", 0, 1, 1, 2, {}),
+        ("experts", 0, 2, 0, 1, {"enable_expert_parallel": True}),
+    ],
 )
 def test_a_rank_takes_its_own_weights_and_little_more(
-    checkpoint: Path, tp: int, tp_size: int, pp: int, pp_size: int, dtype: str
+    checkpoints: Callable[[str], Path], name: str, tp: int, tp_size: int, pp: int, pp_size: int, options: dict
 ) -> None:
-    own, peak = peak_while_loading(checkpoint, tp, tp_size, pp, pp_size, dtype)
+    own, peak = peak_while_loading(checkpoints(name), tp, tp_size, pp, pp_size, json.dumps(options))
     print(f"{own / 2**20:.0f} MiB of weights, at most {peak / 2**20:.0f} MiB held")
     assert peak > own, "the weights themselves were not seen"
     assert peak <= 1.1 * own + OVERHEAD

@@ -50,7 +50,8 @@ def fill(path: Path, stage: Stage) -> None:
 def test_logits_equal_transformers_at_every_layout(name: str, checkpoints: dict[str, Path]) -> None:
     """Whole and chunked prompts and single tokens, mixed; attention in the absorbed form against the expanded one."""
     path = checkpoints[name]
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    options = {"dtype": torch.float32, "experts_implementation": "eager"}  # as in checkpoints.Reference
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
     sequences = [torch.tensor(prompt) for prompt in make_prompts(VOCAB_SIZE, LENGTHS)]
     with torch.no_grad():
         expected = [model(sequence.unsqueeze(0)).logits[0] for sequence in sequences]

@@ -517,7 +517,7 @@ def test_nan_in_the_cache_reaches_only_its_own_sequence():
         ({"window": -1}, ValueError, "window is -1"),
         ({"soft_cap": -1.0}, ValueError, "soft_cap is -1"),
         ({"seq_lens": torch.tensor([5])}, ValueError, "seq_lens has dtype Long, must have Int"),
-        ({"v_pages": torch.zeros(2, 16, 1, 8)}, ValueError, "v_pages has shape"),
+        ({"v_pages": torch.zeros(2, 16, 2, 16)}, ValueError, "v_pages has shape"),
         ({"k_pages": torch.zeros(2, 16, 1, 16).bfloat16()}, ValueError, "k_pages has dtype BFloat16"),
     ],
 )

@@ -6,6 +6,7 @@ Pure arithmetic, no torch. Nothing has to divide: every split is as even as it c
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -176,7 +177,7 @@ class WeightSpec:
     sources: tuple[Source, ...]
     init: Literal["random", "ones"] = "random"
 
-    @property
+    @cached_property  # of thousands of sources, where there are experts
     def local_shape(self) -> tuple[int, ...]:
         shapes = [source.local_shape for source in self.sources]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])

@@ -1,10 +1,11 @@
 """One rank's part of a checkpoint, loaded as the engine loads it; its groups are asked nothing while loading.
 
-    load_stage.py CHECKPOINT TP_INDEX TP_SIZE PP_INDEX PP_SIZE DTYPE
+    load_stage.py CHECKPOINT TP_INDEX TP_SIZE PP_INDEX PP_SIZE OPTIONS
 
-Prints the bytes of its parameters.
+OPTIONS: further fields of the engine's config, as JSON. Prints the bytes of its parameters.
 """
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from infer.parallel.topology import Topology
 
 def main() -> None:
     tp, tp_size, pp, pp_size = map(int, sys.argv[2:6])
-    config = EngineConfig(model=sys.argv[1], dtype=sys.argv[6])
+    config = EngineConfig(model=sys.argv[1], **json.loads(sys.argv[6]))
     path, model_config = read_model(config)
     groups = SimpleNamespace(
         topology=Topology(tp_size, pp_size),
