@@ -114,10 +114,11 @@ class WideNorm(nn.Module):
     """RMSNorm of q over all heads of the model, and of k over all of its own (OLMo 2), before the rotation.
 
     Each rank has some of the heads, so the squares are summed over the ranks. A KV head that several ranks hold is
-    counted by the one that has its first query head.
+    counted by the one that has its first query head. All of it is float32, rounded once, as OLMo's own code has it.
     """
 
     shares: Tensor
+    one: Tensor
 
     def __init__(self, prefix: str, c: ModelConfig, heads: HeadShard, place: Placement):
         super().__init__()
@@ -130,20 +131,22 @@ class WideNorm(nn.Module):
         own_rows = _scaled(range(own[0], own[-1] + 1), d) if own else range(0)
         self.tp, self.eps = place.tp, c.norm_eps
         self.q_end, self.k_end = len(query), len(query) + len(kv)
-        self.own_start, self.own_end = self.q_end + own_rows.start, self.q_end + own_rows.stop
+        self.own_start, self.own_end = own_rows.start, own_rows.stop  # of this rank's rows of k
         shares = torch.tensor([1 / q_size, 1 / k_size], device=place.device)
         self.register_buffer("shares", shares, persistent=False)
+        self.register_buffer("one", torch.ones(1, device=place.device), persistent=False)
 
     def forward(self, qkv: Tensor) -> Tensor:
         """qkv [T, width] of this rank's heads -> the same with q and k normed."""
-        q, k = qkv[:, : self.q_end], qkv[:, self.q_end : self.k_end]
-        q_sum = q.float().square().sum(-1, keepdim=True)
-        k_sum = qkv[:, self.own_start : self.own_end].float().square().sum(-1, keepdim=True)
+        # Times a float32 one, and copied into place: a tape records neither casts nor ops that take lists of tensors.
+        q, k = qkv[:, : self.q_end] * self.one, qkv[:, self.q_end : self.k_end] * self.one
+        own_k = k[:, self.own_start : self.own_end]
+        q_sum, k_sum = q.square().sum(-1, keepdim=True), own_k.square().sum(-1, keepdim=True)
         sums = self.tp.all_reduce(F.pad(q_sum, (0, 1)) + F.pad(k_sum, (1, 0)))
         inverse_rms = torch.rsqrt(sums * self.shares + self.eps)
-        normed = torch.empty_like(qkv)  # not torch.cat: a tape records no op that takes a list of tensors
-        normed[:, : self.q_end].copy_((q.float() * inverse_rms[:, :1]).to(q.dtype) * self.q.weight)
-        normed[:, self.q_end : self.k_end].copy_((k.float() * inverse_rms[:, 1:]).to(k.dtype) * self.k.weight)
+        normed = torch.empty_like(qkv)
+        normed[:, : self.q_end].copy_(q * inverse_rms[:, :1] * self.q.weight)
+        normed[:, self.q_end : self.k_end].copy_(k * inverse_rms[:, 1:] * self.k.weight)
         normed[:, self.k_end :].copy_(qkv[:, self.k_end :])
         return normed
 

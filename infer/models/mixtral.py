@@ -13,7 +13,7 @@ def read_mixtral(f: Fields) -> ModelConfig:
     # Unlike Mistral's, an absent sliding window is none.
     size = f.count("sliding_window") if f.get("sliding_window") is not None else 0
     c = decoder_config(f, num_kv_heads=8, window=(size,) * f.count("num_hidden_layers"), rope_theta=1e6, norm_eps=1e-5)
-    num_experts, top_k = read_experts(f, "num_local_experts", "num_experts_per_tok")
+    num_experts, top_k = read_experts(f, "num_local_experts")
     moe = MoeConfig(
         num_experts=num_experts, top_k=top_k, intermediate_size=c.intermediate_size, sparse=(True,) * c.num_layers,
         renormalize=True, names=NAMES,

@@ -12,7 +12,7 @@ def read_olmoe(f: Fields) -> ModelConfig:
         raise f.error("clip_qkv", "must be null: clipped projections are not supported")
     bias = f.flag("attention_bias", False)
     c = decoder_config(f, norm_eps=1e-5, qkv_bias=bias, o_bias=bias, qk_norm="all")
-    num_experts, top_k = read_experts(f, "num_experts", "num_experts_per_tok")
+    num_experts, top_k = read_experts(f, "num_experts")
     moe = MoeConfig(
         num_experts=num_experts, top_k=top_k, intermediate_size=c.intermediate_size, sparse=(True,) * c.num_layers,
         renormalize=f.flag("norm_topk_prob", False),

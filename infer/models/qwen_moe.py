@@ -24,7 +24,11 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
 
 
 def _experts(f: Fields, num_layers: int) -> MoeConfig:
-    num_experts, top_k = read_experts(f, "num_experts", "num_experts_per_tok")
+    # Later versions of transformers write the number of Qwen 3's experts under the name that Mixtral has for it.
+    name = "num_experts"
+    if f.get(name) is None and f.get("num_local_experts") is not None:
+        name = "num_local_experts"
+    num_experts, top_k = read_experts(f, name)
     return MoeConfig(
         num_experts=num_experts, top_k=top_k, intermediate_size=f.count("moe_intermediate_size"),
         sparse=_sparse_layers(f, num_layers), renormalize=f.flag("norm_topk_prob", False),
