@@ -86,7 +86,7 @@ def test_a_request_that_takes_all_memory_ends_alone(checkpoint_dirs) -> None:
         assert outcomes(streams) == outcomes(undisturbed)
         ((status, retry, reply),) = answers
         assert (status, retry, reply["error"]["code"]) == (500, "false", "engine_crashed"), reply
-        assert running.log.count("CUDA out of memory") == 2, running.log
+        assert running.log.count("OutOfMemoryError: CUDA out of memory") == 2, running.log
         assert running.is_healthy()
 
 

@@ -109,9 +109,7 @@ def anonymous_bytes(pid: int) -> int:
     [
         ("dense", 0, 2, 0, 1, {}),
         ("dense", 1, 2, 0, 1, {"dtype": "float32"}),
-        ("dense", 0, 1, 0, 2, {}),
         ("dense", 0, 1, 1, 2, {}),
-        ("experts", 1, 2, 0, 1, {}),
         ("experts", 0, 2, 0, 1, {"enable_expert_parallel": True}),
     ],
 )

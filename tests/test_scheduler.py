@@ -295,6 +295,32 @@ def test_what_was_not_finite_leaves_the_prefix_cache():
     assert simulation.scheduler.stats.prefix_cache_hits == 0
 
 
+def test_another_s_blocks_that_were_not_finite_are_computed_anew():
+    """Who found them in the cache runs again without them; only what fails by itself ends with an error."""
+    simulation = make(failing={(8, 0): 33})
+    simulation.scheduler.add(request("a", range(2, 35), seed=7, max_tokens=1, ignore_eos=True))
+    finish(simulation)
+    simulation.scheduler.add(request("b", range(2, 35), seed=8, max_tokens=5, ignore_eos=True))
+    assert not simulation.step()
+    (sequence,) = simulation.scheduler.running
+    assert sequence.num_cached == sequence.num_computed == 0
+    simulation.ranks.failing.clear()
+    outputs = finish(simulation)
+    assert [output.token_ids[0] for output in outputs] == expected_tokens(request("b", range(2, 35), seed=8), 0, 64)[:5]
+    assert outputs[0].num_cached_tokens == 0 and outputs[-1].finish_reason == FinishReason.LENGTH
+    simulation.scheduler.check_idle()
+
+
+def test_what_fails_by_itself_fails_though_it_found_blocks():
+    simulation = make(failing={(8, 0): 33})
+    simulation.scheduler.add(request("a", range(2, 35), seed=7, max_tokens=1, ignore_eos=True))
+    finish(simulation)
+    simulation.scheduler.add(request("b", range(2, 35), seed=8, max_tokens=5, ignore_eos=True))
+    (output,) = finish(simulation)
+    assert output.finish_reason == FinishReason.ERROR and "not finite" in output.error
+    simulation.scheduler.check_idle()
+
+
 def test_what_was_not_finite_leaves_the_prefix_cache_though_preempted_meanwhile():
     """The result of the failing step comes after its blocks were given up."""
     simulation = make(pp_size=2, num_blocks=16, failing={(7, 0): 32})

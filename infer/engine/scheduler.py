@@ -220,7 +220,7 @@ class Scheduler:
             insort(self.running, sequence, key=attrgetter("order"))
             sequence.running = True
             self.pool.take(hits)
-            sequence.block_table = list(hits)
+            sequence.block_table, sequence.has_hits = list(hits), bool(hits)
             sequence.num_registered = len(hits)
             sequence.num_computed = num_cached
             self._count_admission(sequence, num_cached)
@@ -233,6 +233,8 @@ class Scheduler:
         # Prompt log-probabilities are reported by the step that computes a position, so none may be skipped before the
         # first token (with which they are told), not even by a resume after preemption.
         if not self.enable_prefix_caching or (sequence.wants_prompt_logprobs and not sequence.num_generated):
+            return []
+        if sequence.avoids_cache:
             return []
         size = self.pool.block_size
         hits = self.pool.cached(self._hashes(sequence, len(sequence.tokens) // size))
@@ -354,8 +356,10 @@ class Scheduler:
                 outputs.append(self._take(sequence, token, logprobs))
             elif token == TEXT_ENDED:
                 outputs.append(self._finish(sequence))
+            elif (reason := result.errors.get(index)) is None and sequence.has_hits:
+                self._compute_again(sequence)
             else:
-                outputs.append(self._fail(sequence, result.errors.get(index)))
+                outputs.append(self._fail(sequence, reason))
         return outputs
 
     def _is_live(self, sequence: Sequence) -> bool:
@@ -396,11 +400,29 @@ class Scheduler:
         self._end(sequence)
         return output
 
+    def _compute_again(self, sequence: Sequence) -> None:
+        """Its values were not finite, but it has read another's blocks, and the fault may be that one's: it runs again
+        without them.
+
+        A NaN spoils even what comes before it in a prompt: attention kernels multiply a masked value by 0, and that is
+        NaN again. So a neighbour that shares the beginning and was scheduled before the fault showed has it as well.
+        """
+        self._forget(sequence)
+        sequence.avoids_cache, sequence.has_hits = True, False
+        if not sequence.num_generated:
+            sequence.num_cached = 0
+        if sequence.running:  # else it was preempted meanwhile, and begins anew as it is
+            self._release(sequence)
+            sequence.reset = sequence.announced
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Nobody finds its blocks any more. By content, not by its block table, which is empty if it was preempted."""
+        self.pool.forget(self.pool.known(sequence.hashes))
+
     def _fail(self, sequence: Sequence, reason: str | None) -> Output:
         """reason: why its parameters leave no token. None: its values may be unsound, which others must not read."""
         if reason is None:
-            # By content, not by its block table, which is empty if it was preempted meanwhile.
-            self.pool.forget(self.pool.known(sequence.hashes))
+            self._forget(sequence)
             reason = "no token could be drawn: the model's values were not finite, or the parameters leave no token"
         self._end(sequence)
         return Output(

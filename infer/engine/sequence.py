@@ -36,6 +36,8 @@ class Sequence:
         self.num_announced_blocks = 0
         self.reset = False  # the ranks must drop its block table
         self.num_cached = 0  # prompt tokens found in the prefix cache at first admission
+        self.has_hits = False  # some of its blocks were found in the prefix cache, at its latest admission
+        self.avoids_cache = False  # it computes all of its blocks itself
         self.started = False
         self.running = False
 

@@ -239,8 +239,7 @@ class World:
     def _join(self) -> None:
         env = self.env
         interfaces.choose(env)
-        owns_store = env.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        with Joining(env, owns_store) as joining:
+        with Joining(env, has_agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True") as joining:
             generation, self.store = joining.agree()
             self.generation, self.members = generation.number, generation.identities
             dist.init_process_group(

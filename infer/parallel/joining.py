@@ -26,7 +26,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 import msgspec
 from torch._C._distributed_c10d import PrefixStore, TCPStore
-from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed import DistNetworkError
 
 from infer import launch
 from infer.launch import RankEnv
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOIN_SECONDS = 600.0  # for all ranks to be there; torchrun's own meeting of the nodes takes up to 900 s
-CONNECT_SECONDS = 300.0  # for all to connect, once they are
+REACH_SECONDS = 30.0  # for a store that torchrun reached before it started this rank
+CONNECT_SECONDS = 120.0  # for all to connect, once they are
 STUCK_SECONDS = 15.0  # a call of the store that has not come back so long after the time is over never will
 LATE_SECONDS = (10.0, 60.0)  # who is missing is logged after the first, then every so often
-POLL_SECONDS = 0.05  # between two looks for a call
-SLICE_SECONDS = 0.25  # of waiting for a list, whose call may be replaced meanwhile
+POLL_SECONDS, POLL_SECONDS_PER_RANK = 0.02, 0.0005  # between two looks: one thread of the store answers to all ranks
 WATCH_SECONDS = 0.25  # between two looks for a successor of a member
 
 CALLS, CALL = "infer/calls", "infer/call"  # how many there were; the one that counts
@@ -59,7 +59,6 @@ class Store(Protocol):
     def get(self, key: str, /) -> bytes: ...
     def multi_get(self, keys: list[str], /) -> list[bytes]: ...
     def check(self, keys: list[str], /) -> bool: ...
-    def wait(self, keys: list[str], timeout: datetime.timedelta, /) -> None: ...
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -122,15 +121,6 @@ def _current_call(store: Store) -> Call | None:
     return _read(CALL, store.get(CALL), _call_decoder) if store.check([CALL]) else None
 
 
-def _wait(store: Store, keys: list[str], seconds: float) -> bool:
-    """Whether all keys are there within the time."""
-    try:
-        store.wait(keys, datetime.timedelta(seconds=seconds))
-    except DistStoreError:  # any other error is the store's loss
-        return False
-    return True
-
-
 def _answer_key(call: Call, rank: int) -> str:
     return f"infer/answer/{call.nonce}/{rank}"
 
@@ -167,8 +157,8 @@ class Agreement:
         call = self._open = Call(self._store.add(CALLS, 1), self._me.nonce, self._size)
         _write(self._store, CALL, call)
         keys = [_answer_key(call, rank) for rank in range(1, self._size)]
-        while not _wait(self._store, keys, SLICE_SECONDS):
-            self._check_time()
+        while not self._store.check(keys):
+            self._pause()
         return self._write_list(call, (self._me, *_answers(self._store, keys)))
 
     def _write_list(self, call: Call, members: tuple[Answer, ...]) -> Generation:
@@ -189,19 +179,19 @@ class Agreement:
                 elif members and members[self._rank] == self._me:
                     return Generation(call.number, call.nonce, members)
                 # Else it is the list of a generation before this process: rank 0 will call again.
-            if self._open is None:
-                time.sleep(POLL_SECONDS)
-            self._check_time()
+            self._pause()
 
     def _list_of(self, call: Call) -> tuple[Answer, ...] | None:
-        """Waits for the list, not long: the call may be replaced. Empty for that of a world of another size."""
+        """None while there is none. Empty for that of a world of another size."""
         key = _list_key(call)
-        if not _wait(self._store, [key], SLICE_SECONDS):
+        if not self._store.check([key]):
             return None
         members = _read(key, self._store.get(key), _list_decoder)
         return members if len(members) == self._size else ()
 
-    def _check_time(self) -> None:
+    def _pause(self) -> None:
+        """Until the next look. A look, not a wait: torch logs every wait whose time is over as a fault."""
+        time.sleep(max(POLL_SECONDS, POLL_SECONDS_PER_RANK * self._size))
         now = time.monotonic()
         if now - self._began > self._seconds:
             raise JoinError(f"{self.describe_missing()} after {self._seconds:g} s")
@@ -262,10 +252,10 @@ class Joining:
     a lost rank as long as groups may idle, a store's client for a network that is down until the kernel gives up.
     """
 
-    def __init__(self, env: RankEnv, owns_store: bool = False):
-        """owns_store: this process makes the store, as there is no torchrun to have made it."""
-        self._env, self._owns_store = env, owns_store
-        self._where = f"torchrun's store at {env.master_addr}:{env.master_port}"
+    def __init__(self, env: RankEnv, has_agent: bool = True):
+        """has_agent: torchrun has made the store; else rank 0 does."""
+        self._env, self._has_agent = env, has_agent
+        self._where = f"{'torchrun' if has_agent else 'rank 0'}'s store at {env.master_addr}:{env.master_port}"
         self._store: PrefixStore | None = None
         self._joined = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -278,7 +268,7 @@ class Joining:
     def agree(self) -> tuple[Generation, PrefixStore]:
         """The generation, and its part of the store. From here on a member's loss ends this process."""
         env = self._env
-        base = self._connect(self._owns_store)
+        base = self._connect(makes=env.rank == 0 and not self._has_agent)
         identity = peers.own_identity(env.rank, socket.gethostname())
         generation = Agreement(base, identity, env.world_size, tells=env.local_rank == 0).reach()
         self._store = PrefixStore(generation.prefix, base)
@@ -313,7 +303,7 @@ class Joining:
 
     def _watch(self, generation: Generation) -> None:
         try:
-            store = self._connect(owns=False)  # of its own: a client does one thing at a time
+            store = self._connect(makes=False)  # of its own: a client does one thing at a time
             until = time.monotonic() + CONNECT_SECONDS
             while not self._joined.wait(WATCH_SECONDS):
                 if (reason := find_successor(store, generation, self._env.rank)) is not None:
@@ -324,9 +314,13 @@ class Joining:
             if not self._joined.is_set():  # else it is the main thread's, or the watchdog's, to find
                 self._end(self._describe(error))
 
-    def _connect(self, owns: bool) -> TCPStore:
-        env, timeout = self._env, datetime.timedelta(seconds=JOIN_SECONDS)
-        return TCPStore(env.master_addr, env.master_port, is_master=owns, timeout=timeout)
+    def _connect(self, makes: bool) -> TCPStore:
+        """The store. Raises DistNetworkError."""
+        env, reach = self._env, REACH_SECONDS if self._has_agent else JOIN_SECONDS
+        timeout = datetime.timedelta(seconds=reach)
+        store = TCPStore(env.master_addr, env.master_port, is_master=makes, timeout=timeout)
+        store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
+        return store
 
     def _end_after(self, seconds: float) -> None:
         self._deadline.cancel()
