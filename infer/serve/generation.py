@@ -1,6 +1,7 @@
 """One HTTP request at work: its choices as the engine's outputs come, and the writing of its reply. No torch here."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from infer.request import FinishReason, Output, Request
+from infer.serve.alarm import Alarm
 from infer.serve.errors import ApiError, bad_request
 from infer.serve.job import Job, num_logprobs
 from infer.serve.offload import Offload
@@ -66,7 +68,8 @@ class Generation:
     ) -> None:  # fmt: skip
         self._client = client
         self._timeout_s = timeout_s
-        self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._deadline = None if timeout_s is None else self._loop.time() + timeout_s
         self.prompts = prompts
         self._counts_reasoning = body.counts_reasoning
         self._first_choice = {request.request_id: i * request.params.n for i, request in enumerate(requests)}
@@ -83,6 +86,7 @@ class Generation:
         self._waiting: list[Output] = []  # for prompt log-probabilities, which a choice's first chunk may need
         self._awaits_prompt_logprobs = requests[0].params.prompt_logprobs is not None
         self.job: Job = client.start(requests, on_overflow, frames)
+        self._alarm = Alarm(self.job.nudge)
 
     @property
     def done(self) -> bool:
@@ -111,25 +115,32 @@ class Generation:
 
     async def wait(self, seconds: float) -> bool:
         """Whether step() need not wait; waits for that at most so long."""
-        try:
-            async with asyncio.timeout(seconds), asyncio.timeout_at(self._deadline):
-                await self.job.wait()
-        except TimeoutError:
-            return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
-        return True
+        if self.job.has_news:
+            return True
+        end = self._loop.time() + seconds
+        if self._deadline is not None and self._deadline <= end:
+            await self._wait_until(self._deadline)
+            return True
+        await self._wait_until(end)
+        return self.job.has_news
 
     @property
     def is_held_up(self) -> bool:
         """Whether the engine is being restarted."""
         return self._client.is_restarting
 
+    async def _wait_until(self, end: float | None) -> None:
+        """Until there is news of the job, or the loop's time is `end`."""
+        self._alarm.set(end)
+        while not self.job.has_news and (end is None or self._loop.time() < end):
+            await self.job.wait()
+
     async def _take(self) -> list[Output]:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await self.job.take()
-        except TimeoutError:
+        await self._wait_until(self._deadline)
+        if not self.job.has_news:
             message = f"the request took longer than {self._timeout_s:g} s (--request-timeout of this server)"
-            raise ApiError(408, message, type="timeout_error", code="timeout") from None
+            raise ApiError(408, message, type="timeout_error", code="timeout")
+        return self.job.take()
 
     def _usable(self, outputs: list[Output]) -> list[Output]:
         """Outputs whose prompt's log-probabilities are there, where they were asked for."""
@@ -164,6 +175,7 @@ class Generation:
 
     def close(self) -> None:
         """Ends in the engine whatever the client no longer waits for."""
+        self._alarm.close()
         self._client.close(self.job)
 
 
@@ -197,13 +209,48 @@ def too_many_logprobs(num_entries: int) -> ApiError:
     )  # fmt: skip
 
 
+class ReplyWriter:
+    """Writes a reply, piece by piece, to a client that must take each within WRITE_TIMEOUT_S. close() ends it."""
+
+    def __init__(self, http: web.Request, response: web.StreamResponse) -> None:
+        self._http, self.response = http, response
+        self._loop = asyncio.get_running_loop()
+        self._alarm = Alarm(self._give_up)
+        self._is_late = False
+
+    async def write(self, data: bytes) -> None:
+        """Waits while the client's buffers are full. Raises ConnectionError when it is gone or too slow."""
+        if not data:
+            return
+        self._alarm.set(self._loop.time() + WRITE_TIMEOUT_S)
+        try:
+            if not self.response.prepared:
+                await self.response.prepare(self._http)
+            await self.response.write(data)
+        except ConnectionError:
+            if self._is_late:
+                raise ConnectionError(f"the client took nothing for {WRITE_TIMEOUT_S:g} s") from None
+            raise
+        finally:
+            self._alarm.set(None)
+
+    def _give_up(self) -> None:
+        self._is_late = True
+        if self._http.transport is not None:
+            self._http.transport.abort()  # which ends the write that waits for it
+
+    def close(self) -> None:
+        self._alarm.close()
+
+
 async def reply_whole(http: web.Request, generation: Generation, reply: Reply, offload: Offload) -> web.StreamResponse:
     """One JSON object, when every choice is done."""
     data = await whole_reply(generation, reply, offload)
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
     response.content_length = len(data)
-    for start in range(0, len(data), WRITE_BYTES):
-        await _write(http, response, data[start : start + WRITE_BYTES])
+    with contextlib.closing(ReplyWriter(http, response)) as out:
+        for start in range(0, len(data), WRITE_BYTES):
+            await out.write(data[start : start + WRITE_BYTES])
     await response.write_eof()
     return response
 
@@ -245,35 +292,43 @@ async def reply_stream(
     in a restart that takes long.
     """
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    try:
-        while not generation.done:
-            while not await generation.wait(KEEPALIVE_S if response.prepared else LATE_BEGIN_S):
-                if response.prepared or generation.is_held_up:
-                    await _write(http, response, b": keep-alive\n\n")
-            await _write_step(http, response, body, generation, reply, offload)
-        if body.include_usage:
-            await _write(http, response, _event(reply.usage_chunk(generation.usage())))
-    except ApiError as error:
-        if not response.prepared:
-            raise
-        await _write(http, response, _event(error.body()))
-    except ConnectionError:
-        raise  # the client is gone; there is nobody to tell
-    except Exception:
-        if not response.prepared:
-            raise
-        logger.exception("Failed in the middle of a stream of %s", http.path[:100])
-        told = ApiError(500, "internal error; the server's log has the details", type="server_error")
-        await _write(http, response, _event(told.body()))
-    await _write(http, response, b"data: [DONE]\n\n")
+    with contextlib.closing(ReplyWriter(http, response)) as out:
+        try:
+            await _write_events(out, body, generation, reply, offload)
+        except ApiError as error:
+            if not response.prepared:
+                raise
+            await out.write(_event(error.body()))
+        except ConnectionError:
+            raise  # the client is gone; there is nobody to tell
+        except Exception:
+            if not response.prepared:
+                raise
+            logger.exception("Failed in the middle of a stream of %s", http.path[:100])
+            told = ApiError(500, "internal error; the server's log has the details", type="server_error")
+            await out.write(_event(told.body()))
+        await out.write(b"data: [DONE]\n\n")
     await response.write_eof()
     return response
 
 
+async def _write_events(
+    out: ReplyWriter, body: SamplingBody, generation: Generation, reply: Reply, offload: Offload
+) -> None:
+    """Everything but the end."""
+    response = out.response
+    while not generation.done:
+        while not await generation.wait(KEEPALIVE_S if response.prepared else LATE_BEGIN_S):
+            if response.prepared or generation.is_held_up:
+                await out.write(b": keep-alive\n\n")
+        await _write_step(out, body, generation, reply, offload)
+    if body.include_usage:
+        await out.write(_event(reply.usage_chunk(generation.usage())))
+
+
 async def _write_step(
-    http: web.Request, response: web.StreamResponse, body: SamplingBody, generation: Generation, reply: Reply,
-    offload: Offload,
-) -> None:  # fmt: skip
+    out: ReplyWriter, body: SamplingBody, generation: Generation, reply: Reply, offload: Offload
+) -> None:
     """Waits for outputs, and writes what they add to the choices."""
 
     def work_of(step: tuple[Choice, Delta]) -> int:
@@ -286,7 +341,7 @@ async def _write_step(
             await asyncio.sleep(0)
         data = await _render_events(body, generation, reply, offload, steps, work > MAX_INLINE_WORK)
         with generation.job.writing():
-            await _write(http, response, data)
+            await out.write(data)
 
 
 async def _render_events(
@@ -309,18 +364,3 @@ async def _render_events(
 
 def _event(value: Any) -> bytes:
     return b"data: " + JSON.encode(value) + b"\n\n"
-
-
-async def _write(http: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    """Waits while the client's buffers are full. Raises ConnectionError when it is gone or takes nothing for long."""
-    if not data:
-        return
-    try:
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            if not response.prepared:
-                await response.prepare(http)
-            await response.write(data)
-    except TimeoutError:
-        if http.transport is not None:
-            http.transport.abort()
-        raise ConnectionError(f"the client took nothing for {WRITE_TIMEOUT_S:g} s") from None

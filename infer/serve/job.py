@@ -93,17 +93,24 @@ class Job:
         self._failure = error
         self._wake.set()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether take() has something to return or to raise."""
+        return bool(self._outputs) or self._failure is not None
+
     async def wait(self) -> None:
-        """Until take() need not wait."""
-        while not self._outputs and self._failure is None:
+        """Until there is news, or a nudge."""
+        if not self.has_news:
             self._wake.clear()
             await self._wake.wait()
 
-    async def take(self) -> list[Output]:
-        """Everything that has come since the last call; waits for at least one output. Raises ApiError."""
-        await self.wait()
-        if not self._outputs:
-            assert self._failure is not None
+    def nudge(self) -> None:
+        """Ends a wait() that is under way."""
+        self._wake.set()
+
+    def take(self) -> list[Output]:
+        """Everything that has come since the last call. Raises ApiError where the job failed and nothing is left."""
+        if self._failure is not None and not self._outputs:
             raise self._failure
         outputs, self._outputs, self._num_pending = self._outputs, [], 0
         return outputs

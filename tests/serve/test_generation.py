@@ -65,7 +65,7 @@ def test_only_what_earlier_frames_left_makes_a_reader_slow(monkeypatch):
         for i in range(3):
             engine._receive(Outputs(items=[more(16 * i, 8), more(16 * i + 8, 8)]))
             assert not ended
-            assert sum(len(output.token_ids) for output in await job.take()) == 16
+            assert sum(len(output.token_ids) for output in job.take()) == 16
         engine._receive(Outputs(items=[more(48, 16)]))
         engine._receive(Outputs(items=[more(64, 1)]))
         assert not ended, "the frontend's own work is not the client's slowness"
@@ -108,7 +108,7 @@ def test_the_turns_of_others_make_no_reader_slow(monkeypatch, tokenizer):
 
         reply = CompletionReply("i", "m", tokenizer, body)
         more = asyncio.create_task(send_more())
-        await generation._write_step(None, response, body, work, reply, Offload())
+        await generation._write_step(generation.ReplyWriter(None, response), body, work, reply, Offload())
         assert response.num_writes > 4 and more.done() and not ended
         with work.job.writing():
             send(45)
