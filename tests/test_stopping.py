@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+import urllib.request
 from pathlib import Path
 
 import aiohttp
@@ -78,6 +79,19 @@ def check_gone(running: Server, descriptors: set[str]) -> None:
         listener.bind(("127.0.0.1", running.port))
 
 
+def check_health_tells_of(running: Server, num_ranks: int) -> None:
+    """/health says that every rank serves and was heard from lately; the frontend hears it once a second."""
+    deadline = time.monotonic() + 10
+    while True:
+        with urllib.request.urlopen(f"{running.url}/health", timeout=5) as reply:
+            ranks = json.load(reply)["ranks"]
+        if [(rank["rank"], rank["phase"]) for rank in ranks] == [(i, "serving") for i in range(num_ranks)]:
+            assert all(rank["seconds_since_heard"] < 5 for rank in ranks), ranks
+            return
+        assert time.monotonic() < deadline, ranks
+        time.sleep(0.1)
+
+
 def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
@@ -86,6 +100,7 @@ def test_sigterm_under_load_cuts_nothing(checkpoint_dirs: dict[str, Path]) -> No
     """To torchrun, over two stages of two ranks: every stream ends whole, every rank by itself and with status 0."""
     before = shared_memory()
     with server(*small(checkpoint_dirs["llama"]), "-tp", 2, "-pp", 2, ranks=4, restarts=3) as running:
+        check_health_tells_of(running, 4)
         streams = asyncio.run(stop_under_load(running, [body(i, 400) for i in range(8)], signal.SIGTERM))
         assert all(is_whole(events, 400) for events in streams), running.log
         running.process.wait(15)
