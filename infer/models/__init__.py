@@ -90,15 +90,15 @@ FAMILIES: dict[str, Family] = {
         read_gemma2,
         "Gemma 2",
         ("google/gemma-2-2b-it", "google/gemma-2-27b-it"),
-        "RMSNorm (1 + weight), sandwich norms; grouped-query attention, sliding window in some layers, soft caps; rotary; "
-        "gated MLP; embedding multiplier",
+        "RMSNorm (1 + weight), sandwich norms; grouped-query attention, sliding window in some layers, soft caps; "
+        "rotary; gated MLP; embedding multiplier",
     ),
     "Gemma3ForCausalLM": Family(
         read_gemma3,
         "Gemma 3 (text)",
         ("google/gemma-3-1b-it",),
-        "RMSNorm (1 + weight), sandwich norms; grouped-query attention with q and k norms, sliding window in some layers; "
-        "rotary, another in layers with a window; gated MLP; embedding multiplier",
+        "RMSNorm (1 + weight), sandwich norms; grouped-query attention with q and k norms, sliding window in some "
+        "layers; rotary, another in layers with a window; gated MLP; embedding multiplier",
     ),
     "Gemma3ForConditionalGeneration": Family(
         read_gemma3_text_part,

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,8 +54,8 @@ class ModelConfig:
     positions       learned positions, added to the embeddings; None: there are none
     max_position    positions [0, max_position) exist; it may be lowered to the length that is served
     norm            "rms", "rms_plus_one" (weights are stored less one) or "layer", with a bias
-    residual        where norms stand: "pre" (before each block), "post" (after it, before the addition), "sandwich" (both),
-                    or "parallel": both blocks read the same residual, each through a norm of its own
+    residual        where norms stand: "pre" (before each block), "post" (after it, before the addition), "sandwich"
+                    (both), or "parallel": both blocks read the same residual, each through a norm of its own
     qk_norm         norms of q and k before the rotation: of each "head", or of "all" heads together
     mla             attention over latents, num_kv_heads being 1 and head_dim a query's; None: over keys and values
     gated_mlp       act(gate) * up, or else act(up)
@@ -99,7 +99,7 @@ class ModelConfig:
     attention_soft_cap: float = 0.0
     logit_soft_cap: float = 0.0
     moe: MoeConfig | None = None
-    names: Names = Names()
+    names: Names = field(default_factory=Names)
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
 
@@ -163,8 +163,8 @@ def decoder_config(
 ) -> ModelConfig:
     """What every reader shares; what else a family has, its reader replaces in the result.
 
-    The arguments are where families differ. From num_kv_heads to intermediate_size those of config.json's fields are the
-    family's defaults, for where it has none (num_kv_heads None: num_attention_heads; head_dim None: hidden_size /
+    The arguments are where families differ. From num_kv_heads to intermediate_size those of config.json's fields are
+    the family's defaults, for where it has none (num_kv_heads None: num_attention_heads; head_dim None: hidden_size /
     num_attention_heads). window: per layer (None: no layer has one).
     """
     num_layers, hidden_size = f.count("num_hidden_layers"), f.count("hidden_size")
@@ -217,7 +217,8 @@ def layer_windows(f: Fields, size: int, default: Sequence[int]) -> tuple[int, ..
 
 def alternating_windows(f: Fields, size: int, every: int) -> tuple[int, ...]:
     """As layer_windows; without layer_types, layer number `every`, counted from 1, and its multiples see all."""
-    return layer_windows(f, size, [size if number % every else 0 for number in range(1, f.count("num_hidden_layers") + 1)])
+    numbers = range(1, f.count("num_hidden_layers") + 1)
+    return layer_windows(f, size, [size if number % every else 0 for number in numbers])
 
 
 def sliding_window(f: Fields) -> int:

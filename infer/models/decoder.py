@@ -25,8 +25,10 @@ __all__ = ["DecoderLayer", "Stage", "balanced_layers"]
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, with norms before them, after them, or both. layer: its number in the model; local: in
-    this stage."""
+    """Attention and feed-forward, with norms before them, after them, or both.
+
+    layer: its number in the model; local: in this stage.
+    """
 
     def __init__(self, c: ModelConfig, layer: int, local: int, rotary: Rotary, place: Placement):
         super().__init__()

@@ -21,7 +21,7 @@ class Fields:
         self._names: Mapping[str, str] = {}
 
     def renamed(self, **names: str) -> "Fields":
-        """The same fields, where some go by other names: renamed(hidden_size="n_embd"). Errors have the file's names."""
+        """The same fields, some by other names: renamed(hidden_size="n_embd"). Errors have the file's names."""
         view = copy.copy(self)  # shares `read`, so that what is read through a view counts
         view._names = {**self._names, **names}
         return view
@@ -72,7 +72,7 @@ class Fields:
         """A list of so many finite numbers over 0."""
         value = self.get(name)
         good = isinstance(value, list) and len(value) == length
-        if not good or any(isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 < v < math.inf for v in value):
+        if not good or any(type(v) not in (int, float) or not 0 < v < math.inf for v in value):
             raise self.error(name, f"must be a list of {length} positive numbers")
         return tuple(map(float, value))
 

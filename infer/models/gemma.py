@@ -34,7 +34,7 @@ def read_gemma2(f: Fields) -> ModelConfig:
 
 
 def read_gemma3(f: Fields) -> ModelConfig:
-    """Every sixth layer sees all, the others a window; those rotate by a table of their own, which nothing stretches."""
+    """Every sixth layer sees all, the others a window; those rotate by a table of their own, never stretched."""
     every = f.count("sliding_window_pattern", 6)
     c = _decoder(f.renamed(hidden_act="hidden_activation"), every=every, has_rope=False)
     local_theta = f.number("rope_local_base_freq", 10000.0)

@@ -1,5 +1,5 @@
-"""GPT-NeoX (Pythia, GPT-NeoX-20B): layer norms, both blocks side by side, part of a head rotated, q, k and v of each head
-in one tensor."""
+"""GPT-NeoX (Pythia, GPT-NeoX-20B): layer norms, both blocks side by side, part of a head rotated, q, k and v of each
+head in one tensor."""
 
 from dataclasses import replace
 

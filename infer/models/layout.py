@@ -1,4 +1,4 @@
-"""What each rank of a layout would hold, found by building its stage on the meta device: nothing is allocated or read."""
+"""What each rank of a layout would hold, found by building its stage on the meta device, where nothing is allocated."""
 
 import math
 from collections import Counter

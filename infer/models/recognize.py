@@ -10,7 +10,7 @@ from infer.models.fields import Fields, read_json
 
 PLAIN_WANTED = "quantized checkpoints are not supported; use the original in bfloat16, float16 or float32"
 
-# Files beside config.json in which tools of before `quantization_config` (and NVIDIA's ModelOpt) tell how they quantized.
+# Files beside config.json in which older tools (and NVIDIA's ModelOpt) tell how they quantized.
 QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 # Endings of tensors that only quantized checkpoints have -> whose they are.

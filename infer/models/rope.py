@@ -13,8 +13,8 @@ RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 class RopeConfig:
     """Rotary position embedding. dim: rotated dimensions of a head. Fields a type does not use keep their default.
 
-    interleaved: the checkpoint rotates neighbours (GPT-J, GLM), not the two halves of a head (GPT-NeoX, Llama); the rows
-    of q and k are put into the latter order as they are loaded.
+    interleaved: the checkpoint rotates neighbours (GPT-J, GLM), not the two halves of a head (GPT-NeoX, Llama); the
+    rows of q and k are put into the latter order as they are loaded.
     original_max_position is the length the model was trained at, before scaling. short_factor and long_factor
     (longrope): [dim / 2], for lengths up to that and beyond. Nothing here depends on the length served, which may be
     lowered freely; the types "dynamic" and "longrope" take it in when their table is built (layers/rotary.py).
@@ -56,7 +56,8 @@ def read_rope_section(
     f: Fields, r: Fields, head_dim: int, max_position: int, *, theta: float, partial: float = 1.0
 ) -> RopeConfig:
     """As read_rope, from a section r, of those that there are for several kinds of layers."""
-    kind = cast(RopeType, ROPE_ALIASES.get(name := r.choice("rope_type", (*ROPE_TYPES, *ROPE_ALIASES), "default"), name))
+    name = r.choice("rope_type", (*ROPE_TYPES, *ROPE_ALIASES), "default")
+    kind = cast(RopeType, ROPE_ALIASES.get(name, name))
     dim = int(head_dim * r.number("partial_rotary_factor", partial))
     if dim % 2 or not 0 < dim <= head_dim:
         raise r.error("partial_rotary_factor", f"must leave an even number of the {head_dim} head dimensions")
