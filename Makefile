@@ -82,7 +82,8 @@ test-models: install model
 	INFER_TEST_LAYOUT=all $(VENV_PYTHON) -m pytest tests/test_families.py $(ARGS)
 
 soak: install model
-	INFER_TEST_KILLS=20 $(VENV_PYTHON) -m pytest -m slow -s tests/test_survive.py -k random_moments $(ARGS)
+	INFER_TEST_KILLS=20 $(VENV_PYTHON) -m pytest -m slow -s tests/test_survive.py tests/test_faults.py \
+	    -k "random_moments or restarts_leave_nothing" $(ARGS)
 
 bench: install $(if $(MODEL),,model)
 	$(VENV_PYTHON) -m infer.bench suite --model '$(or $(MODEL),$(DEFAULT_MODEL))' \
