@@ -101,7 +101,7 @@ def test_a_batch_that_cannot_be_ends_the_generation(checkpoint_dirs) -> None:
         for told in (
             "ValueError: step 12 holds a token id outside 0..1008",
             "ValueError: step 13 came where step 12 was due",
-            "ValueError: a message of generation 1 reached generation 2",
+            "ValueError: a message of generation 2 reached generation 3",
         ):
             assert running.log.count(told) == 1, running.log
         assert running.log.count("An engine is there again") == 3

@@ -12,6 +12,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -43,9 +44,10 @@ class _Running:
 _running = _Running()  # a process has one engine at a time; forget_stage puts it back
 
 
-def compile_stage(stage: Stage, tp: Group) -> Forward:
+def compile_stage(stage: Stage, tp: Group, compiling: Callable[[], AbstractContextManager[None]]) -> Forward:
     """The stage's `forward`, compiled when a batch first wants it: once for any number of rows, and once for one.
 
+    compiling: entered while it is, since that may take minutes in which the main thread waits for a compiler.
     Each compilation is told with its seconds. The stage's weights must not be packed.
     """
     torch.compiler.reset()  # what an engine before this one compiled would count towards Dynamo's limits
@@ -61,7 +63,8 @@ def compile_stage(stage: Stage, tp: Group) -> Forward:
     def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         nonlocal num_compiled
         num_compiled += 1
-        return inductor(graph, examples)
+        with compiling():
+            return inductor(graph, examples)
 
     compiled = torch.compile(traced.decoded, backend=backend, dynamic=True, fullgraph=True)
 

@@ -1,5 +1,6 @@
 """What every rank does with a batch: keep its mirror of the sequences, run its stage, sample on the last one."""
 
+import functools
 import gc
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -149,7 +150,8 @@ class Runner:
 
     def compile(self) -> None:
         """Instead of record: lets torch.compile make the stage's forward, when a batch first wants it."""
-        self._forward = compile_stage(self.stage, self.groups.tp)
+        compiling = functools.partial(self.groups.world.watchdog.within, "compiling")
+        self._forward = compile_stage(self.stage, self.groups.tp, compiling)
 
     def use_graphs(self, max_num_seqs: int, max_model_len: int, capture: Capture) -> None:
         """After record or compile: runs batches that only decode through graphs (see DecodeGraphs)."""

@@ -184,6 +184,11 @@ class Standing:
 
     # ------------------------------------------------------------------ the main loop's
 
+    @property
+    def phase(self) -> tuple[str, bool]:
+        """Its name, and whether it is slow."""
+        return self._phase, self._slow
+
     def set_phase(self, phase: str, slow: bool) -> None:
         now = self._clock.now()
         self._phase, self._slow, self._phase_at, self._moved_at, self._waits = phase, slow, now, now, False

@@ -111,6 +111,16 @@ class Watchdog:
             self._urgent += 1
             self._changed.notify_all()
 
+    @contextlib.contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """A slow phase inside of another, which goes on after it."""
+        before, was_slow = self._own.phase
+        self.phase(name, slow=True)
+        try:
+            yield
+        finally:
+            self.phase(before, slow=was_slow)
+
     def work_out(self, work_out: bool) -> None:
         """Whether the main loop has something to do, and so has to move. A rank without work is never stuck."""
         self._own.set_work_out(work_out)
