@@ -2,7 +2,8 @@
 # make serve              that, the default model, then the server on http://127.0.0.1:8000
 # make serve MODEL=DIR_OR_HUB_ID TP=2 PP=2 PORT=8001 HOST=0.0.0.0 ARGS="--max-model-len 4096"
 # make test, test-slow    the fast suite (some 12 minutes on 2 cores); the rest
-# make test-models        every family of models at every layout against transformers
+# make test-models       every family of models at every layout against transformers
+# make test-survive      the part of test-slow that CI runs too: ranks are killed under load
 # make soak              kills a rank 20 times in a row under load; every stream must end as if nothing had happened
 # make bench             throughput, latency over HTTP, TP=2, PP=2 and start-up, as one table (a few minutes);
 #                        MODEL=DIR_OR_HUB_ID, BENCH_OUT=docs/benchmarks writes it there, named after the CPU or GPU
@@ -40,7 +41,7 @@ PACKAGE_SOURCES := setup.py pyproject.toml $(shell find kernels -type f 2>/dev/n
 CHECK_PYTHON = import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
     f"$(PYTHON) is Python {v.major}.{v.minor}; this needs 3.11 or newer: make install PYTHON=python3.11")
 
-.PHONY: install model serve lint test test-slow test-models soak bench kernels-check gpu-check gpu-wheels clean
+.PHONY: install model serve lint test test-slow test-models test-survive soak bench kernels-check gpu-check gpu-wheels clean
 .DEFAULT_GOAL := install
 
 install: $(PACKAGE_STAMP)
@@ -80,6 +81,10 @@ test-slow: install model
 
 test-models: install model
 	INFER_TEST_LAYOUT=all $(VENV_PYTHON) -m pytest tests/test_families.py $(ARGS)
+
+# The part of test-slow that CI runs too: ranks killed under load, at several layouts.
+test-survive: install model
+	$(VENV_PYTHON) -m pytest -m slow -s tests/test_survive.py $(ARGS)
 
 soak: install model
 	INFER_TEST_KILLS=20 $(VENV_PYTHON) -m pytest -m slow -s tests/test_survive.py tests/test_faults.py \
