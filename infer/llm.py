@@ -75,14 +75,11 @@ class LLM:
             max_model_len = config.max_model_len or model_config.max_position
             settings = journal_settings(config, path, tokenizer_dir, model_config.dtype, max_model_len)
             self._journal = Journal(Path(journal), settings)
-        self._process.num_engines += 1
-        number = self._process.num_engines
         try:
-            self._engine = Engine(self._process.world, self._process.courier, config, number=number)
+            self._engine = self._process.build_engine(config)
         except BaseException:
             self._close_journal()
             raise
-        self._process.engine = self._engine
         self._pause()
         self._open = True
         self._seeds = random.Random(config.seed)

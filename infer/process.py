@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 
+from infer.config import EngineConfig
 from infer.engine.batch import Kind
 from infer.engine.loop import Courier, Engine, follow, leave
 from infer.launch import RankEnv
@@ -43,8 +44,9 @@ class Process:
         end_script_on_sigterm(self._end_if_lost)
         self.world.watchdog.when_ordered(self._take_order)
         self.courier = Courier(self.world)
-        self.num_engines = 0
         self.engine: Engine | None = None  # the open one
+        self._num_engines = 0
+        self._broken: str | None = None  # what ended a build half-way: the other ranks may be anywhere in it
 
     @classmethod
     def join(cls, env: RankEnv) -> "Process":
@@ -56,6 +58,22 @@ class Process:
             cls._joined = cls(env)
             atexit.register(cls._joined.leave)
         return cls._joined
+
+    def build_engine(self, config: EngineConfig) -> Engine:
+        """An engine over all ranks, which is the open one until `engine` is None again.
+
+        Raises StartupError, a ValueError, of which every rank has learned. After anything else, such as Ctrl-C, the
+        world cannot go on.
+        """
+        self._num_engines += 1
+        try:
+            self.engine = Engine(self.world, self.courier, config, number=self._num_engines)
+        except ValueError:
+            raise
+        except BaseException as error:
+            self._broken = repr(error)
+            raise
+        return self.engine
 
     def _end_if_lost(self) -> None:
         """Ends this process if torchrun's signal came because another rank has ended; the watchdog tells which."""
@@ -70,8 +88,10 @@ class Process:
     def leave(self) -> None:
         """Ends the followers and the world. One that is broken ends without ceremony: nobody would answer."""
         engine = self.engine
-        if engine is not None and engine.broken is not None and self.world.size > 1:
-            print(f"infer: all ranks end: the engine was stopped by {engine.broken}", file=sys.stderr)
+        broken = self._broken if engine is None else engine.broken
+        if broken is not None and self.world.size > 1:
+            if not broken.startswith(("SystemExit", "KeyboardInterrupt")):  # which have been told already
+                print(f"infer: all ranks end: the engine was stopped by {broken}", file=sys.stderr)
             _exit(1)
         try:
             if engine is not None and self.world.size > 1:

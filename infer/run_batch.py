@@ -176,13 +176,8 @@ class Batch:
         return settings
 
     def _build(self) -> "Engine":
-        from infer.engine.loop import Engine
-
-        process = self._process
-        assert process is not None, "the ranks were joined"
-        process.num_engines += 1
-        process.engine = Engine(process.world, process.courier, self._config, number=process.num_engines)
-        return process.engine
+        assert self._process is not None, "the ranks were joined"
+        return self._process.build_engine(self._config)
 
     # ------------------------------------------------------------------ the work
 

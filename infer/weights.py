@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from infer.layers.declare import declared
+from infer.models.config import ModelConfig
 from infer.models.fields import read_json
 from infer.models.recognize import PLAIN_WANTED, QUANTIZED_DTYPES, quantized_tensors
 from infer.parallel.placement import Source
@@ -31,6 +32,7 @@ OTHER_STARTS = {
     "lm_head.": ("language_model.lm_head.",),
     "embed_out.": ("lm_head.",),
 }
+TIED_ROWS = 64  # of a head and an embedding, by which it is told whether they are one
 DUMMY_STD = 0.02
 DUMMY_BLOCK_ROWS = 1024
 
@@ -172,6 +174,29 @@ def check_weights(stage: nn.Module, checkpoint: Checkpoint) -> None:
     for _, spec in declared(stage):
         for source in spec.sources:
             checkpoint.check(source)
+
+
+def check_tied(c: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Whether a head that is said to share the embedding's weight does. Fine-tuning may part the two, and config.json
+    not say so; many checkpoints hold an equal copy, which is nobody's mistake. Looks at the first rows of both.
+
+    Raises ValueError where they differ.
+    """
+    head = f"{c.names.head}.weight"
+    if not c.tie_embeddings or not any(name in checkpoint.names for name in names_of(head)):
+        return
+    part = (range(min(TIED_ROWS, c.vocab_size)), range(c.hidden_size))
+    rows = []
+    for name in (f"{c.names.embed}.weight", head):
+        source = Source(name, (c.vocab_size, c.hidden_size), part)
+        checkpoint.check(source)
+        rows.append(torch.empty(source.local_shape))
+        checkpoint.read(source, rows[-1])
+    if not torch.equal(*rows):
+        raise ValueError(
+            f"{checkpoint.path}: config.json ties the head to the embedding (tie_word_embeddings), but {head} is there "
+            "and differs; use it with --hf-overrides '{\"tie_word_embeddings\": false}', or remove it"
+        )
 
 
 def load_weights(stage: nn.Module, checkpoint: Checkpoint) -> None:

@@ -147,6 +147,13 @@ def test_yarn_beyond_max_position_embeddings_is_as_in_transformers(tmp_path: Pat
     torch.testing.assert_close(ours, torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=-1), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_dual_chunk_attention_ends_where_it_would_begin(tmp_path: Path, name: str) -> None:
+    chunks = {"chunk_size": 64, "local_size": 8, "original_max_position_embeddings": 128}
+    assert load(tmp_path, qwen(name, dual_chunk_attention_config=chunks)).max_position == 128
+    assert load(tmp_path, qwen(name)).max_position == 256
+
+
 def test_end_tokens(tmp_path: Path) -> None:
     assert load(tmp_path, LLAMA | {"eos_token_id": 2}).eos_token_ids == (2,)
     generation = tmp_path / "generation_config.json"

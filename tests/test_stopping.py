@@ -169,7 +169,8 @@ def test_sigterm_to_any_one_rank_stops_the_server(checkpoint_dirs: dict[str, Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "name", "how"), [(2, "SIGTERM", "with"), (2, "SIGINT", "plain"), (1, "SIGTERM", "plain")]
+    ("ranks", "name", "how"),
+    [(2, "SIGTERM", "with"), (2, "SIGINT", "plain"), (1, "SIGTERM", "plain"), (2, "SIGTERM", "building")],
 )
 def test_a_script_that_is_told_to_end(checkpoint_dirs: dict[str, Path], ranks: int, name: str, how: str) -> None:
     """Its `finally` blocks run, one line tells why, and no rank hangs or aborts."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from infer.layers.declare import declared
 from infer.models.config import ModelConfig, RopeConfig
 from infer.models.decoder import Stage, balanced_layers
-from infer.weights import Checkpoint, init_dummy_weights, load_weights
+from infer.weights import Checkpoint, check_tied, init_dummy_weights, load_weights
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=1009, hidden_size=72, num_layers=4, num_heads=9, num_kv_heads=3,
@@ -225,6 +225,17 @@ def test_missing_head_says_what_to_do_unless_tied(single: Path) -> None:
     for pp in (1, 2):
         for stage in make_stages(tied, Rank(), pp):
             load_weights(stage, Checkpoint(single))
+
+
+def test_a_head_that_is_called_tied_and_is_not(single: Path, tensors: dict[str, Tensor]) -> None:
+    tied = ModelConfig(**{**vars(CONFIG), "tie_embeddings": True})
+    check_tied(CONFIG, Checkpoint(single))
+    with pytest.raises(ValueError, match="lm_head.weight is there and differs; use it with --hf-overrides"):
+        check_tied(tied, Checkpoint(single))
+    change(single, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    check_tied(tied, Checkpoint(single))
+    change(single, lambda tensors: tensors.pop("lm_head.weight"))
+    check_tied(tied, Checkpoint(single))
 
 
 def test_wrong_shape(single: Path) -> None:

@@ -40,9 +40,7 @@ def open_engine(config: EngineConfig, program: str) -> Iterator[Engine]:
     """
     process = Process.join(RankEnv.from_environ())
     check(config, process.world.size, program)
-    process.num_engines += 1
-    engine = Engine(process.world, process.courier, config, number=process.num_engines)
-    process.engine = engine
+    engine = process.build_engine(config)
     try:
         yield engine
     finally:

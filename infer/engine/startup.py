@@ -27,7 +27,7 @@ from infer.models.source import read_model
 from infer.parallel.groups import Groups, World, alone
 from infer.parallel.placement import check_tensor_parallel
 from infer.parallel.topology import Topology
-from infer.weights import Checkpoint, check_weights, init_dummy_weights, load_weights
+from infer.weights import Checkpoint, check_tied, check_weights, init_dummy_weights, load_weights
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -245,6 +245,7 @@ def check(config: EngineConfig, world_size: int, program: str) -> tuple[Path, Mo
     check_tensor_parallel(model_config, topology.tp_size, config.enable_expert_parallel)
     if config.load_format != "dummy":
         checkpoint = Checkpoint(path)
+        check_tied(model_config, checkpoint)
         for pp, mine in enumerate(layers):
             stage = Stage(
                 model_config, mine, alone(), is_first=pp == 0, is_last=pp == topology.pp_size - 1,

@@ -15,7 +15,7 @@ def read_deepseek_v2(f: Fields) -> ModelConfig:
     f.choice("scoring_func", ("softmax",), "softmax")
     if f.flag("norm_topk_prob", False):
         raise f.error("norm_topk_prob", "must be false: no DeepSeek-V2 divides its experts' weights by their sum")
-    moe = _experts(f, scaling=1.0)
+    moe = _experts(f, scaling=1.0, num_dense=0, num_shared=2)
     grouping = read_grouping(f, moe.num_experts, moe.top_k, "max") if grouped else None
     return _decoder(f, dataclasses.replace(moe, grouping=grouping), interleaved=True)
 
@@ -24,13 +24,13 @@ def read_deepseek_v3(f: Fields) -> ModelConfig:
     """The layers behind the last that predict further tokens (num_nextn_predict_layers) are not read."""
     f.choice("topk_method", ("noaux_tc",), "noaux_tc")
     f.choice("scoring_func", ("sigmoid",), "sigmoid")
-    moe = _experts(f, scaling=2.5)
+    moe = _experts(f, scaling=2.5, num_dense=3, num_shared=1)
     moe = dataclasses.replace(
         moe,
         scoring="sigmoid",
         correction_bias=True,
         renormalize=f.flag("norm_topk_prob", True),
-        grouping=read_grouping(f, moe.num_experts, moe.top_k, "top2"),
+        grouping=read_grouping(f, moe.num_experts, moe.top_k, "top2", default=(8, 4)),
     )
     return _decoder(f, moe, interleaved=f.flag("rope_interleave", True))
 
@@ -40,7 +40,8 @@ def _decoder(f: Fields, moe: MoeConfig, interleaved: bool) -> ModelConfig:
     if f.count("head_dim", rope_dim) != rope_dim:
         raise f.error("head_dim", f"must be qk_rope_head_dim ({rope_dim}), the rotated part of a head, or absent")
     bias = f.flag("attention_bias", False)
-    c = decoder_config(f, head_dim=rope_dim, qkv_bias=bias, o_bias=bias, mlp_bias=f.flag("mlp_bias", False))
+    f.refuse("mlp_bias", False)
+    c = decoder_config(f, head_dim=rope_dim, qkv_bias=bias, o_bias=bias)
     assert c.rope is not None, "the shared reader was asked for one"
     mla = MlaConfig(
         q_lora_rank=0 if f.get("q_lora_rank") is None else f.count("q_lora_rank"),
@@ -69,11 +70,12 @@ def _softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:
     return qk_head_dim**-0.5 * growth**2
 
 
-def _experts(f: Fields, scaling: float) -> MoeConfig:
-    """What both versions share. scaling: the version's own, where config.json has none."""
+def _experts(f: Fields, scaling: float, num_dense: int, num_shared: int) -> MoeConfig:
+    """What both versions share. The arguments are each version's own where config.json has none: the factor of routed
+    experts, layers without experts at the beginning, shared experts."""
     num_experts, top_k = read_experts(f, "n_routed_experts")
     size, every = f.count("moe_intermediate_size"), f.count("moe_layer_freq", 1)
-    first = f.get("first_k_dense_replace") or 0
+    first = num_dense if (given := f.get("first_k_dense_replace")) is None else given
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise f.error("first_k_dense_replace", "must be an integer of at least 0")
     return MoeConfig(
@@ -81,7 +83,7 @@ def _experts(f: Fields, scaling: float) -> MoeConfig:
         top_k=top_k,
         intermediate_size=size,
         sparse=tuple(layer >= first and layer % every == 0 for layer in range(f.count("num_hidden_layers"))),
-        shared_intermediate_size=size * f.count("n_shared_experts", 0),
+        shared_intermediate_size=size * f.count("n_shared_experts", num_shared),
         scaling=f.number("routed_scaling_factor", scaling),
         names=MoeNames(shared="shared_experts"),
     )

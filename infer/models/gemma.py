@@ -46,6 +46,8 @@ def read_gemma3_text_part(f: Fields) -> ModelConfig:
     """A model that sees, without its eyes: images are not taken."""
     given = current_names(f.section("text_config").data, f"{f.file}: text_config")
     data = {**GEMMA3_TEXT, **given, "architectures": f.get("architectures")}
+    if f.get("tie_word_embeddings") is not None:  # the outer one decides
+        data["tie_word_embeddings"] = f.flag("tie_word_embeddings", True)
     return read_gemma3(Fields(f.file, data, "text_config."))
 
 

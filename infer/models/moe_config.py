@@ -85,9 +85,11 @@ def read_experts(f: "Fields", num_experts: str, top_k: str = "num_experts_per_to
     return total, chosen
 
 
-def read_grouping(f: "Fields", num_experts: int, top_k: int, score: GroupScore) -> Grouping | None:
-    """DeepSeek's n_group and topk_group; None where every group may be chosen from."""
-    num_groups, top_groups = f.count("n_group", 1), f.count("topk_group", 1)
+def read_grouping(
+    f: "Fields", num_experts: int, top_k: int, score: GroupScore, default: tuple[int, int] = (1, 1)
+) -> Grouping | None:
+    """DeepSeek's n_group and topk_group; None where every group may be chosen from. default: where there are none."""
+    num_groups, top_groups = f.count("n_group", default[0]), f.count("topk_group", default[1])
     if num_experts % num_groups:
         raise f.error("n_group", f"must divide the {num_experts} experts")
     size = num_experts // num_groups

@@ -5,6 +5,7 @@ import dataclasses
 from infer.models.config import ModelConfig, decoder_config, layer_windows, sliding_window
 from infer.models.fields import Fields
 from infer.models.moe_config import MoeConfig, read_experts
+from infer.models.qwen import within_trained_length
 
 
 def read_qwen2_moe(f: Fields) -> ModelConfig:
@@ -20,7 +21,7 @@ def read_qwen3_moe(f: Fields) -> ModelConfig:
     size = sliding_window(f) if f.flag("use_sliding_window", False) else 0
     bias = f.flag("attention_bias", False)
     c = decoder_config(f, window=(size,) * f.count("num_hidden_layers"), qkv_bias=bias, o_bias=bias, qk_norm="head")
-    return dataclasses.replace(c, moe=_experts(f, c.num_layers))
+    return within_trained_length(f, dataclasses.replace(c, moe=_experts(f, c.num_layers)))
 
 
 def _experts(f: Fields, num_layers: int) -> MoeConfig:

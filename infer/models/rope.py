@@ -73,6 +73,8 @@ def read_two_ropes(
     As transformers 5 writes them, each has a section of its own; before that one section was that of the former alone.
     theta, local_theta: what they have where config.json has none.
     """
+    if "sliding_window" in f.data and f.get("sliding_window") is None:
+        raise f.error("sliding_window", "must be a number: layers with a window rotate otherwise than those without")
     rope, local = f.section("rope_parameters"), Fields(f.file, {})
     if any(isinstance(value, dict) for value in rope.data.values()):
         rope, local = rope.section("full_attention"), rope.section("sliding_attention")

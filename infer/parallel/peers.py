@@ -130,7 +130,8 @@ def judge(peers: Sequence[PeerState], limits: Limits) -> list[PeerState]:
     if any(peer.age_seconds > limit for peer in peers):  # then also those that went at the same time
         return [replace(p, fault=Fault.SILENT) for p in peers if p.age_seconds > limit - 2 * limits.beat]
     busy = [peer for peer in peers if peer.work_out]
-    stuck = [p for p in busy if p.still_seconds > (limits.stuck_slow if p.slow else limits.stuck)]
+    # One that compiles holds up those that wait for it on their devices, which cannot be told from computing.
+    stuck = [p for p in busy if p.still_seconds > (limits.stuck_slow if slow else limits.stuck)]
     if all(peer.waits for peer in stuck) and len(stuck) < len(busy):
         return []
     guilty = [peer for peer in stuck if not peer.waits] or stuck

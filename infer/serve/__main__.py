@@ -106,6 +106,7 @@ class Server:
         try:
             engine = self._start()
         except ValueError as error:
+            self._leave_to_signal()
             if self._frontend is not None:
                 self._frontend.leave(str(error), final=True)
             launch.fail(str(error), self._env)
@@ -192,9 +193,15 @@ class Server:
         if self._frontend is not None:  # and it is connected
             self._frontend.link.send(Progress(phase=self._phase))
 
+    def _leave_to_signal(self) -> None:
+        """A start that was broken off by a signal fails in some way: the thread that ends this process may go on."""
+        if self._stopping and not self._is_ready.is_set():
+            self._end(0)
+
     def _crash(self, error: Exception) -> NoReturn:
         from infer.engine.loop import RankLost
 
+        self._leave_to_signal()
         if isinstance(error, RankLost):
             assert self._watchdog is not None, "the world was joined"
             self._watchdog.lost(str(error))

@@ -22,11 +22,12 @@ REQUEST_ID_HEADER = "X-Request-Id"
 class Api:
     """The routes that work with the model's text, over one tokenizer and one engine.
 
-    num_open: generations under way. settings: what the server's flags say.
+    num_taking_in: requests whose bodies are read and understood. num_open: generations under way. settings: what the
+    server's flags say.
     """
 
     def __init__(self, client: EngineClient, tokenizer: Tokenizer, settings: FrontendConfig) -> None:
-        self.num_open = 0
+        self.num_taking_in = self.num_open = 0
         self._settings = settings
         self._client = client
         self._tokenizer = tokenizer
@@ -54,7 +55,11 @@ class Api:
     async def _generate(self, http: web.Request, take_in: TakeIn) -> web.StreamResponse:
         self._client.check_open()
         hello = self._client.ready()
-        taken = await take_in(await self._bodies.read(http), hello, lambda body: _base_id(http, body))
+        self.num_taking_in += 1
+        try:
+            taken = await take_in(await self._bodies.read(http), hello, lambda body: _base_id(http, body))
+        finally:
+            self.num_taking_in -= 1
         body, reply = taken.body, taken.reply
         if self._settings.enable_log_requests:
             log_request(http.path, reply.id, taken.requests)

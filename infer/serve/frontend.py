@@ -216,7 +216,7 @@ class Frontend:
         assert runner.server is not None
         try:
             async with asyncio.timeout(ERRORS_S):
-                while api.num_open:
+                while api.num_open or api.num_taking_in:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             logger.warning("%d replies could not be ended in time", api.num_open)

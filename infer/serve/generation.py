@@ -234,6 +234,14 @@ class ReplyWriter:
         finally:
             self._alarm.set(None)
 
+    async def end(self) -> None:
+        """The reply is whole. As write()."""
+        self._alarm.set(self._loop.time() + WRITE_TIMEOUT_S)
+        try:
+            await self.response.write_eof()
+        finally:
+            self._alarm.set(None)
+
     def _give_up(self) -> None:
         self._is_late = True
         if self._http.transport is not None:
@@ -251,7 +259,7 @@ async def reply_whole(http: web.Request, generation: Generation, reply: Reply, o
     with contextlib.closing(ReplyWriter(http, response)) as out:
         for start in range(0, len(data), WRITE_BYTES):
             await out.write(data[start : start + WRITE_BYTES])
-    await response.write_eof()
+        await out.end()
     return response
 
 
@@ -308,7 +316,7 @@ async def reply_stream(
             told = ApiError(500, "internal error; the server's log has the details", type="server_error")
             await out.write(_event(told.body()))
         await out.write(b"data: [DONE]\n\n")
-    await response.write_eof()
+        await out.end()
     return response
 
 
