@@ -192,6 +192,7 @@ def test_the_text_part_of_gemma3(tmp_path):
     assert c.architecture == "Gemma3ForConditionalGeneration" and c.dtype == "bfloat16"
     assert (c.rope.type, c.rope.factor, c.local_rope.type, c.local_rope.theta) == ("linear", 8.0, "default", 1e4)
     refused(tmp_path, GEMMA3_4B | {"text_config": {"hidden_size": 2560}}, "text_config.num_hidden_layers is missing")
+    assert c.tie_embeddings and not load(tmp_path, GEMMA3_4B | {"tie_word_embeddings": False}).tie_embeddings
 
 
 def test_gemma1_means_tanh_when_it_says_gelu(tmp_path):
@@ -247,6 +248,7 @@ def test_fields_of_gpt2_go_by_their_own_names(tmp_path):
     [
         (GEMMA2, {"use_bidirectional_attention": True}),
         (GEMMA3, {"use_bidirectional_attention": True}),
+        (GEMMA3, {"sliding_window": None}),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}),
         (GPT2, {"add_cross_attention": True}),
         (OPT, {"do_layer_norm_before": False}),  # 350m

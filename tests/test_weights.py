@@ -230,7 +230,7 @@ def test_missing_head_says_what_to_do_unless_tied(single: Path) -> None:
 def test_a_head_that_is_called_tied_and_is_not(single: Path, tensors: dict[str, Tensor]) -> None:
     tied = ModelConfig(**{**vars(CONFIG), "tie_embeddings": True})
     check_tied(CONFIG, Checkpoint(single))
-    with pytest.raises(ValueError, match="lm_head.weight is there and differs; use it with --hf-overrides"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight is there and differs; use it with --hf-overrides"):
         check_tied(tied, Checkpoint(single))
     change(single, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     check_tied(tied, Checkpoint(single))
