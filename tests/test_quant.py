@@ -61,7 +61,9 @@ def test_wrong_arguments_are_refused_by_name():
     if not native.is_loaded():
         pytest.skip("native kernels are not built")
     x, weight, _ = _case((2, 20, 8), torch.float32)
-    packed = ops.pack_linear(weight)
-    for bad_x, outputs, word in ((x[:, :7], 20, "columns"), (x, 33, "outputs"), (x.bfloat16(), 20, "dtype")):
+    packed, short = ops.pack_linear(weight), ops.pack_linear(weight.bfloat16())
+    for bad_x, weights, outputs, word in (
+        (x[:, :7], packed, 20, "columns"), (x, packed, 33, "outputs"), (x, short, 20, "dtype"),
+    ):  # fmt: skip
         with pytest.raises((ValueError, RuntimeError), match=word):
-            ops.packed_linear(bad_x, packed, None, outputs)
+            ops.packed_linear(bad_x, weights, None, outputs)

@@ -197,7 +197,7 @@ async def rendered(offload, tokenizer, kind, reply_kind, outputs, **fields):
     await asyncio.sleep(0)
     reply, response = reply_kind("i", "m", tokenizer, body), Response()
     if body.stream:
-        await generation._write_step(None, response, body, work, reply, offload)
+        await generation._write_step(generation.ReplyWriter(None, response), body, work, reply, offload)
     else:
         await work.step()
         await response.write(await generation._render_whole(work, reply, offload))
