@@ -22,11 +22,13 @@ class Rotary(nn.Module):
         inverse_frequencies, scale = torch.zeros(1), 1.0
         if rope is not None:
             inverse_frequencies, scale = INVERSE_FREQUENCIES[rope.type](rope, max_position)
-        # In float32 throughout, as the models were trained; the table is filled once, on the host.
-        host = device if device.type == "meta" else torch.device("cpu")
-        positions = torch.arange(max_position, dtype=torch.float32, device=host)
-        angles = torch.outer(positions, inverse_frequencies.to(host))
-        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
+        if device.type == "meta":  # computing there would import half of torch's compiler: 2 s
+            cos_sin = torch.empty(max_position, 2 * len(inverse_frequencies), device=device)
+        else:
+            # In float32 throughout, as the models were trained; the table is filled once, on the host.
+            positions = torch.arange(max_position, dtype=torch.float32)
+            angles = torch.outer(positions, inverse_frequencies)
+            cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
         self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)
 
 
