@@ -28,7 +28,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {"architectures": ["OPTForCausalLM"], **OPT_SIZES},
     "phi3": {"architectures": ["Phi3ForCausalLM"], **SIZES},
     "glm4": {"architectures": ["Glm4ForCausalLM"], **SIZES, "num_key_value_heads": 1, "head_dim": 8},
-    "gemma3": {"architectures": ["Gemma3ForCausalLM"], **SIZES, "num_key_value_heads": 1, "head_dim": 8},
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"], **SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8,
+    },
     "olmo2": {"architectures": ["Olmo2ForCausalLM"], **SIZES, "num_key_value_heads": 1},
 }
 
