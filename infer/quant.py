@@ -13,6 +13,8 @@ from torch import Tensor
 from infer import native, ops, ops_latent, ops_moe
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_WORD_BYTES = 4  # what ops.pack_linear moves
+_BYTES_AT_ONCE = 16 << 20
 
 
 class Matrix(ABC):
@@ -44,8 +46,9 @@ class Packed(Matrix):
     """Packed for our own CPU kernel (ops.packed_linear), whose rows do not depend on the rows beside them."""
 
     def __init__(self, weight: Tensor):
+        """May overwrite the weight."""
         self.outputs, self.inputs = weight.shape
-        self.packed = ops.pack_linear(weight)
+        self.packed = _pack(weight)
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.packed_linear(x, self.packed, bias, self.outputs)
@@ -55,18 +58,16 @@ class Packed(Matrix):
 
 
 class OneDnn(Matrix):
-    """Packed by oneDNN, for CPUs that multiply bfloat16 in hardware. Rows are read from a plain copy, if kept."""
+    """Packed by oneDNN, for CPUs that multiply bfloat16 in hardware, in a form whose rows cannot be read."""
 
-    def __init__(self, weight: Tensor, keep_rows: bool):
-        self.weight = weight if keep_rows else None
+    def __init__(self, weight: Tensor):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
     def rows(self, ids: Tensor) -> Tensor:
-        assert self.weight is not None, "this matrix was packed without its rows"
-        return F.embedding(ids, self.weight)
+        raise TypeError("a matrix that oneDNN has packed has no rows to read")
 
 
 class Stack(ABC):
@@ -91,16 +92,13 @@ class PackedStack(Stack):
     """Each expert's weight as Packed has it, for our own CPU kernel (ops_moe.packed_grouped_linear)."""
 
     def __init__(self, weight: Tensor):
-        """Packs in place where no padding is needed: a layer's experts are too large to be there twice."""
-        experts, self.outputs, _ = weight.shape
-        first = ops.pack_linear(weight[0])
-        if first.numel() == weight[0].numel():
-            self.packed = weight.view(experts, *first.shape)
+        """May overwrite the weight."""
+        experts, self.outputs, inputs = weight.shape
+        if self.outputs % ops.LINEAR_LANES == 0:
+            packed = _pack(weight.view(-1, inputs))  # no block holds rows of two experts
+            self.packed = packed.view(experts, -1, *packed.shape[1:])
         else:
-            self.packed = weight.new_empty(experts, *first.shape)
-        self.packed[0] = first
-        for expert in range(1, experts):
-            self.packed[expert] = ops.pack_linear(weight[expert])
+            self.packed = torch.stack([ops.pack_linear(matrix) for matrix in weight])
 
     def multiply(self, x: Tensor, rows: Tensor | None, starts: Tensor) -> Tensor:
         return ops_moe.packed_grouped_linear(x, rows, starts, self.packed, self.outputs)
@@ -136,11 +134,15 @@ class PackedHeads(HeadMatrix):
 
 
 def choose(weight: Tensor, needs_rows: bool) -> Matrix:
-    """The fastest form of a weight on this machine. needs_rows: it is an embedding as well."""
+    """The fastest form of a weight on this machine that keeps it once. The weight itself may be overwritten.
+
+    needs_rows: it is an embedding as well. oneDNN would need a second copy for that; as a head it multiplies only the
+    last row of each sequence, where reading the weight is what takes the time.
+    """
     if not _packs(weight):
         return Plain(weight)
-    if weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return OneDnn(weight, needs_rows)
+    if weight.dtype == torch.bfloat16 and not needs_rows and _multiplies_bfloat16():
+        return OneDnn(weight)
     return Packed(weight)
 
 
@@ -152,6 +154,23 @@ def choose_stack(weight: Tensor) -> Stack:
 def choose_heads(weight: Tensor) -> HeadMatrix:
     """The fastest form of a weight [H, N, K], one matrix for each head, on this machine."""
     return PackedHeads(weight) if _packs(weight) else PlainHeads(weight)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """ops.pack_linear, in the weight's own memory where no padding is needed: large ones have no room to be there twice.
+
+    Blocks of rows lie one after the other in both forms, so that a few at a time can change places.
+    """
+    rows, inputs = weight.shape
+    row_bytes = inputs * weight.element_size()
+    if rows % ops.LINEAR_LANES or row_bytes % _WORD_BYTES or not weight.is_contiguous():
+        return ops.pack_linear(weight)
+    step = max(_BYTES_AT_ONCE // max(row_bytes, 1) // ops.LINEAR_LANES, 1) * ops.LINEAR_LANES
+    for first in range(0, rows, step):
+        part = weight[first : first + step]
+        part.copy_(ops.pack_linear(part).view_as(part))
+    together = _WORD_BYTES // weight.element_size()
+    return weight.view(rows // ops.LINEAR_LANES, inputs // together, ops.LINEAR_LANES, together)
 
 
 def _packs(weight: Tensor) -> bool:

@@ -30,6 +30,10 @@ CONFIGS = {  # some 405 MB each
     "dense": COMMON | {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "num_hidden_layers": 9, "intermediate_size": 4096,
     },
+    "tied": COMMON | {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 160000, "num_hidden_layers": 3, "intermediate_size": 2048,
+        "tie_word_embeddings": True,
+    },
     "experts": COMMON | {
         "architectures": ["MixtralForCausalLM"], "vocab_size": 8000, "num_hidden_layers": 4, "intermediate_size": 1792,
         "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None,
@@ -110,6 +114,7 @@ def anonymous_bytes(pid: int) -> int:
         ("dense", 0, 2, 0, 1, {}),
         ("dense", 1, 2, 0, 1, {"dtype": "float32"}),
         ("dense", 0, 1, 1, 2, {}),
+        ("tied", 0, 1, 0, 1, {}),
         ("experts", 0, 2, 0, 1, {"enable_expert_parallel": True}),
     ],
 )

@@ -48,13 +48,36 @@ def test_every_scheme_gives_rows_and_products(dtype):
     x, weight, bias = _case((5, 37, 21), dtype)
     ids = torch.tensor([0, 36, 15, 16, 17, 16])
     expected = quant.Plain(weight).multiply(x, bias)
-    schemes = [quant.Packed(weight)]
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    packed = quant.Packed(weight.clone())
+    assert torch.equal(packed.rows(ids), weight[ids])
+    torch.testing.assert_close(packed.multiply(x, bias), expected, rtol=tolerance, atol=tolerance)
     if torch.backends.mkldnn.is_available():
-        schemes.append(quant.OneDnn(weight, keep_rows=True))
-    for scheme in schemes:
-        assert torch.equal(scheme.rows(ids), weight[ids])
-        tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
-        torch.testing.assert_close(scheme.multiply(x, bias), expected, rtol=tolerance, atol=tolerance)
+        by_onednn = quant.OneDnn(weight)
+        torch.testing.assert_close(by_onednn.multiply(x, bias), expected, rtol=tolerance, atol=tolerance)
+        with pytest.raises(TypeError, match="no rows"):
+            by_onednn.rows(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(16, 2), (64, 33), (160, 6), (33, 8)], ids=str)
+def test_packing_in_place_gives_what_packing_does(shape, dtype, monkeypatch):
+    monkeypatch.setattr(quant, "_BYTES_AT_ONCE", 1000)  # several parts, the last one shorter
+    weight = torch.randn(shape).to(dtype)
+    plain = weight.clone()
+    packed = quant.Packed(weight).packed
+    assert torch.equal(packed, ops.pack_linear(plain))
+    fits = shape[0] % 16 == 0 and shape[1] * dtype.itemsize % 4 == 0
+    assert (packed.data_ptr() == weight.data_ptr()) == fits
+
+
+def test_a_weight_is_kept_once_where_the_cpu_multiplies_bfloat16(monkeypatch):
+    if not native.is_loaded() or not torch.backends.mkldnn.is_available():
+        pytest.skip("nothing is packed here, or not by oneDNN")
+    monkeypatch.setattr(quant, "_multiplies_bfloat16", lambda: True)
+    weight = torch.randn(32, 16).bfloat16()
+    assert isinstance(quant.choose(weight, needs_rows=False), quant.OneDnn)
+    assert isinstance(quant.choose(weight, needs_rows=True), quant.Packed)
 
 
 def test_wrong_arguments_are_refused_by_name():

@@ -140,7 +140,7 @@ def test_numbers_do_not_decide_the_dtype(dtype):
 def test_products_by_onednn_can_be_recorded():
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    matrix = OneDnn(torch.randn(16, 8).bfloat16(), keep_rows=False)
+    matrix = OneDnn(torch.randn(16, 8).bfloat16())
     examples = ([torch.randn(n, 8).bfloat16()] for n in (3, 5))
     replay = tape.record(lambda inputs: matrix.multiply(inputs[0]), *examples)
     x = torch.randn(4, 8).bfloat16()
