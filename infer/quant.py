@@ -157,7 +157,7 @@ def choose_heads(weight: Tensor) -> HeadMatrix:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """ops.pack_linear, in the weight's own memory where no padding is needed: large ones have no room to be there twice.
+    """ops.pack_linear, in the weight's own memory where nothing needs padding: a large one must not be there twice.
 
     Blocks of rows lie one after the other in both forms, so that a few at a time can change places.
     """
