@@ -17,15 +17,17 @@ import contextlib
 import gc
 import os
 import signal
+import socket
 import stat
+import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # <linux/prctl.h>
 MARKER_PREFIX = "failed-"
 
 
@@ -49,8 +51,11 @@ class RankEnv:
     under_torchrun: bool = False
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> RankEnv:
-        """Read torchrun's variables; rank 0 of 1 where there are none. ValueError names a malformed variable."""
+    def from_environ(cls, environ: Mapping[str, str] = os.environ, agent_pid: int | None = None) -> RankEnv:
+        """Read torchrun's variables; rank 0 of 1 where there are none. ValueError names a malformed variable.
+
+        agent_pid: torchrun's, for a process that is not its child.
+        """
         under_torchrun = "TORCHELASTIC_RUN_ID" in environ
         if not under_torchrun and "RANK" not in environ and "WORLD_SIZE" not in environ:
             return cls()
@@ -68,7 +73,7 @@ class RankEnv:
             restart_count=_integer(environ, "TORCHELASTIC_RESTART_COUNT", low=0, default=0),
             master_addr=master_addr,
             master_port=_integer(environ, "MASTER_PORT", low=1, high=65535),
-            agent_pid=os.getppid() if under_torchrun else 0,
+            agent_pid=(agent_pid or os.getppid()) if under_torchrun else 0,
             under_torchrun=under_torchrun,
         )
 
@@ -248,13 +253,50 @@ def set_parent_death_signal(env: RankEnv) -> None:
     """
     if not env.under_torchrun or not sys.platform.startswith("linux"):
         return
+    die_with_parent(env.agent_pid)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, of this pid. Linux only; OSError where it refuses."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have died before, and then no signal comes.
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def set_process_name(name: str) -> None:
+    """What `ps -o comm` and `top` show for this process, 15 bytes of it. Linux only."""
+    import ctypes
+
+    _prctl(PR_SET_NAME, ctypes.create_string_buffer(name.encode()))
+
+
+def _prctl(option: int, argument: Any) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    arguments = [ctypes.c_ulong(argument) for argument in (signal.SIGKILL, 0, 0, 0)]
-    if libc.prctl(PR_SET_PDEATHSIG, *arguments) != 0:
+    if isinstance(argument, int):
+        argument = ctypes.c_ulong(argument)
+    if libc.prctl(option, argument, *(ctypes.c_ulong(0) for _ in range(3))) != 0:
         error = ctypes.get_errno()
-        raise OSError(error, f"prctl(PR_SET_PDEATHSIG): {os.strerror(error)}")
-    # It may have died between from_environ and prctl, and then no signal comes.
-    if os.getppid() != env.agent_pid:
-        os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
+
+
+# ------------------------------------------------------------------------------------------------- other processes here
+
+
+def child_environment(without: Collection[str] = ()) -> dict[str, str]:
+    """This environment, with the package importable from wherever the program was started."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    inherited = {name: value for name, value in os.environ.items() if name not in without}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def is_same_user(connection: socket.socket) -> bool:
+    """Whether this user is at the other end of a Unix socket. Its directory keeps others out; this holds without."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return uid == os.getuid()

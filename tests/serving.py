@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from worlds import MARK, ROOT, free_port, kill_marked, marked_processes, one_at_a_time, python_path, rendezvous
+from worlds import (
+    MARK,
+    ROOT,
+    free_port,
+    kill_marked,
+    marked_processes,
+    named_process,
+    one_at_a_time,
+    python_path,
+    rendezvous,
+)  # fmt: skip
 
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct"
 
@@ -73,12 +83,13 @@ class Server:
 
     def rank_pid(self, rank: int) -> int:
         """The process of one rank of the present generation."""
-        for pid in self.pids("-m infer.serve --port"):
-            with contextlib.suppress(OSError):
-                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if f"RANK={rank}".encode() in environ:
-                    return pid
-        raise AssertionError(f"rank {rank} is not running\n{self.log}")
+        return self.pid_of(f"infer-rank-{rank}")
+
+    def pid_of(self, name: str) -> int:
+        """The process of this name, as ps shows it."""
+        pid = named_process(self.mark, name)
+        assert pid is not None, f"{name} is not running\n{self.log}"
+        return pid
 
     def wait_gone(self, timeout: float) -> None:
         """Waits until no process of the server is left."""

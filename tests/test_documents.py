@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 from worlds import ROOT
 
-from infer.serve.__main__ import parse
+from infer.serve.server import parse
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from serving import Server, server, small
+from serving import Server, interrupt, server, small
 from test_survive import Stream, stream_all
 from worlds import SCRIPTS, marked_processes
 
@@ -129,6 +129,28 @@ def settled(running: Server, frontend: int, expected: int) -> dict[str, object]:
         if len(found["processes"]) <= expected or time.monotonic() > deadline:  # type: ignore[arg-type]
             return found
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["stand-in", "fork server"])
+def test_what_ranks_are_started_by_is_killed(checkpoint_dirs, victim) -> None:
+    """The process that torchrun knows of a rank goes, or the one that all ranks of the host were forked from."""
+    bodies = [body(i) for i in range(4)]
+
+    async def kill(streams: list[Stream]) -> None:
+        await asyncio.gather(*(stream.begun.wait() for stream in streams))
+        stand_ins = sorted(running.pids("-m infer.serve --port"))  # torchrun and its children
+        os.kill(stand_ins[-1] if victim == "stand-in" else running.pid_of("infer-fork"), signal.SIGKILL)
+
+    with server(*small(checkpoint_dirs["llama"]), "-tp", 2, ranks=2, restarts=2) as running:
+        undisturbed = outcomes(asyncio.run(stream_all(running.url, bodies)))
+        first = running.pid_of("infer-fork")
+        assert outcomes(asyncio.run(stream_all(running.url, bodies, kill))) == undisturbed
+        assert (running.pid_of("infer-fork") == first) == (victim == "stand-in")
+        assert running.log.count("An engine is there again") == 1
+        interrupt(running, signal.SIGTERM)
+        running.process.wait(35)
+        running.wait_gone(10)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import pytest
 from serving import SMOLLM2, Server, interrupt, server
+from worlds import named_process
 
 MODEL = (
     "--model", SMOLLM2, "--dtype", "float32", "--max-model-len", 1024, "--kv-cache-memory-bytes", "256M",
@@ -260,11 +261,12 @@ def test_killed_again_while_it_starts() -> None:
     """The second generation dies before it serves; that is no request's fault."""
 
     async def kill_twice(streams: list[Stream]) -> None:
+        before = running.rank_pid(1)
         await kill_when_tokens_flow(running, 0, 60)(streams)
-        while "requests wait for the next" not in running.log or not running.pids("-m infer.serve --port"):
+        while (found := named_process(running.mark, "infer-rank-1")) in (None, before):
             await asyncio.sleep(0.02)
-        await asyncio.sleep(1.0)  # into the imports, or what comes after
-        os.kill(running.rank_pid(1), signal.SIGKILL)
+        await asyncio.sleep(0.3)  # into joining or loading
+        os.kill(found, signal.SIGKILL)
 
     with server(*MODEL, "-pp", 2, ranks=2, restarts=3) as running:
         undisturbed = asyncio.run(stream_all(running.url, BODIES[:4]))

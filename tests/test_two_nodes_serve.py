@@ -15,7 +15,7 @@ import pytest
 from checkpoints import build_checkpoint
 from nodes import Nodes, two_nodes
 from test_survive import BODIES, Stream, check_same
-from worlds import marked_processes
+from worlds import named_process
 
 pytestmark = pytest.mark.slow
 
@@ -39,13 +39,9 @@ class TwoNodes:
 
     def rank_pid(self, rank: int) -> int:
         """The process of a rank, as this process sees it from outside."""
-        for pid in marked_processes(self.nodes.mark):
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if b"infer.serve" in command and f"RANK={rank}".encode() in environ:
-                    return pid
-        raise AssertionError(f"rank {rank} is not running")
+        pid = named_process(self.nodes.mark, f"infer-rank-{rank}")
+        assert pid is not None, f"rank {rank} is not running"
+        return pid
 
     async def is_healthy(self) -> bool:
         async with self.session(2.0) as session:

@@ -184,6 +184,15 @@ def marked_processes(mark: str) -> list[int]:
     return found
 
 
+def named_process(mark: str, name: str) -> int | None:
+    """The marked process of that name, as ps shows it; None where there is none."""
+    for pid in marked_processes(mark):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text() == f"{name}\n":
+                return pid
+    return None
+
+
 def kill_marked(mark: str) -> None:
     """Kills what is left of a world: children may have been started between two looks, so until none is found."""
     deadline = time.monotonic() + 10.0

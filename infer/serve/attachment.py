@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from infer.claim import SOCKET_NAME, agent_directory, claim
 from infer.launch import RankEnv
-from infer.serve.claim import SOCKET_NAME, agent_directory, claim
 from infer.serve.link import Bye, Closed, EngineLink, FrontendConfig, Message
 from infer.serve.spawn import FrontendHandle, spawn_frontend
 
 FIND_SECONDS = 30.0  # a frontend that is there but does not answer is starting or ending; both take less
 FIND_POLL_SECONDS = 0.05
 LEAVE_SECONDS = 0.2  # last words may take so long
+FRONTEND = "frontend"
 STOP_SECONDS = 5.0  # a frontend of this process's own may take so long to tell its clients
 
 
@@ -37,7 +38,7 @@ class Attachment:
             self._handle = spawn_frontend(self._settings)
             return
         try:
-            directory = agent_directory(self._env.agent_pid)
+            directory = agent_directory(self._env.agent_pid, FRONTEND)
             lock_fd = claim(directory)
         except OSError as error:
             raise ValueError(f"no directory for the engine's socket: {error}; set TMPDIR to another") from None
@@ -65,7 +66,7 @@ class Attachment:
     def _socket_path(self) -> Path:
         if self._handle is not None:
             return self._handle.socket_path
-        return agent_directory(self._env.agent_pid) / SOCKET_NAME
+        return agent_directory(self._env.agent_pid, FRONTEND) / SOCKET_NAME
 
     @property
     def link(self) -> EngineLink:

@@ -22,10 +22,10 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
+from infer.claim import give_up
 from infer.launch import is_alive, process_key
 from infer.serve.api import Api
 from infer.serve.app import ServerRoutes, make_app
-from infer.serve.claim import give_up
 from infer.serve.client import EngineClient
 from infer.serve.connections import (
     TLS_HANDSHAKE_S,

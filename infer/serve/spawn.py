@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-import infer
+from infer.claim import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
 from infer.config import ServerConfig
-from infer.serve.claim import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
+from infer.launch import child_environment
 from infer.serve.link import FrontendConfig
 
 DIRECTORY_PREFIX = "infer-"
@@ -110,7 +110,7 @@ def spawn_frontend(config: FrontendConfig, directory: Path | None = None, lock_f
         process = subprocess.Popen(
             [sys.executable, "-m", "infer.serve.frontend"], stdin=subprocess.PIPE, start_new_session=True,
             close_fds=True, pass_fds=(report_for_child, *(() if lock_fd is None else (lock_fd,))),
-            env=_child_environment(),
+            env=child_environment(SECRET_VARIABLES),
         )  # fmt: skip
     except OSError as error:
         os.close(report)
@@ -155,14 +155,6 @@ def remove_socket(path: Path) -> None:
     path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty, or gone
         path.parent.rmdir()
-
-
-def _child_environment() -> dict[str, str]:
-    """This environment, with the package importable from wherever the program was started."""
-    root = str(Path(infer.__file__).resolve().parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    inherited = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
-    return {**inherited, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def _await_report(fd: int, process: subprocess.Popen[bytes], timeout_s: float) -> Ready:

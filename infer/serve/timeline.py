@@ -9,12 +9,12 @@ _PHASE = re.compile(r"(.+) ([\d.]+) s")
 
 
 class Timeline:
-    """Named phases one after another, from the start of this process."""
+    """Named phases one after another, the first from `started` on (time.monotonic()), or the start of this process."""
 
-    def __init__(self, first: str) -> None:
+    def __init__(self, first: str, started: float | None = None) -> None:
         self._now = time.monotonic
         self._names = [first]
-        self._starts = [self._now() - _process_age()]
+        self._starts = [self._now() - _process_age() if started is None else started]
 
     def begin(self, phase: str) -> None:
         """Ends the phase before. A name holds no comma."""

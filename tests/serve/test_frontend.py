@@ -48,7 +48,7 @@ def get(port, path):
 
 def test_no_torch_and_no_transformers():
     code = (
-        "import sys, infer.serve.frontend, infer.serve.__main__\n"
+        "import sys, infer.serve.frontend, infer.serve.server\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -71,7 +71,7 @@ def test_what_lasting_imports_make_is_left_to_no_collection():
 
 def test_the_frontend_is_started_without_torch():
     code = (
-        "import sys, infer.serve.__main__, infer.serve.link, infer.hub, infer.models.source, infer.parallel.topology\n"
+        "import sys, infer.serve.server, infer.serve.link, infer.hub, infer.models.source, infer.parallel.topology\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -22,13 +22,13 @@ from fake_engine import MODEL, FakeEngine, is_ready, wait_until
 from infer.config import EngineConfig, ServerConfig
 from infer.request import Request, SamplingParams
 from infer.serve import connections
-from infer.serve.__main__ import parse
 from infer.serve.client import MAX_SILENCE_S, EngineClient
 from infer.serve.errors import ApiError
 from infer.serve.link import EngineStats, FrontendConfig, Hello
 from infer.serve.loop_lag import LoopLag
 from infer.serve.options import default_sampling, fingerprint, frontend_config, read_api_keys, without_secrets
 from infer.serve.request_log import log_request
+from infer.serve.server import parse
 from infer.serve.spawn import spawn_frontend, start_frontend
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "server.md"

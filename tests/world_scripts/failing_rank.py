@@ -8,9 +8,10 @@ import sys
 from typing import Any
 
 from infer import launch
-from infer.serve.__main__ import main
+from infer.serve.server import run
 
-launch.exit_if_failed_before(launch.RankEnv.from_environ())  # as main does, before torch is imported
+ENV = launch.RankEnv.from_environ()
+launch.exit_if_failed_before(ENV)
 kind = sys.argv.pop(1)
 
 
@@ -24,4 +25,4 @@ if os.environ["RANK"] == "1":
     from infer.engine import startup
 
     startup.load_weights = failing_load
-main()
+run(ENV)

@@ -14,8 +14,8 @@ import torch
 from infer.engine import batch as messages
 from infer.engine.batch import Batch, StepResult
 from infer.engine.runner import Runner
-from infer.launch import RankEnv, exit_if_failed_before
-from infer.serve.__main__ import main
+from infer.launch import RankEnv, exit_if_failed_before, set_parent_death_signal
+from infer.serve.server import run
 
 BAD_STEP = 12
 HEADER = 12  # words before the rows
@@ -58,10 +58,12 @@ def old_generation(batch: Batch, words: np.ndarray) -> None:
 
 FAULTS = (unknown_token, wrong_step, old_generation)
 
-exit_if_failed_before(RankEnv.from_environ())  # as main does, before torch is imported
+ENV = RankEnv.from_environ()
+exit_if_failed_before(ENV)
+set_parent_death_signal(ENV)
 kind, _, token = sys.argv.pop(1).partition("=")
 if kind == "memory" and os.environ["RANK"] == "1":
     Runner.run = short_of_memory(Runner.run, int(token))  # type: ignore[method-assign]
 if kind == "batches":
     messages.encode_batch = wrong(messages.encode_batch)
-main()
+run(ENV)

@@ -1,7 +1,7 @@
-"""The one frontend of a torchrun agent: a directory keyed by the agent, whose lock the frontend holds all its life.
+"""What a torchrun agent has once on its host, over all generations of ranks: the frontend, the fork server.
 
-Every generation of ranks has the same agent (pid and start time), so a new rank 0 finds the frontend of those before
-it, or learns that there is none and starts one. Standard library only.
+Each has a directory keyed by the agent (pid and start time), whose lock it holds all its life. So ranks of a new
+generation find the one there is, or learn that there is none and start one. Standard library only.
 """
 
 import contextlib
@@ -15,13 +15,12 @@ from infer.launch import is_alive, private_directory, process_key
 
 SOCKET_NAME = "engine.sock"
 LOCK_NAME = "lock"
-PREFIX = "frontend-"
 MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
 
 
-def agent_directory(agent_pid: int) -> Path:
-    """The directory of this agent's frontend; it need not exist. Raises OSError as private_directory does."""
-    name = PREFIX + process_key(agent_pid)
+def agent_directory(agent_pid: int, owner: str) -> Path:
+    """The directory of this agent's owner ("frontend"); it need not exist. Raises OSError as private_directory does."""
+    name = f"{owner}-{process_key(agent_pid)}"
     for parent in (tempfile.gettempdir(), "/tmp"):
         longest = f"{parent}/infer-{os.getuid()}/{name}/{SOCKET_NAME}"
         if len(os.fsencode(longest)) <= MAX_SOCKET_PATH_BYTES:
@@ -32,7 +31,7 @@ def agent_directory(agent_pid: int) -> Path:
 def claim(directory: Path) -> int | None:
     """Makes the directory this process's: an open file that holds its lock, also in a child that inherits it.
 
-    None: a frontend has it, or one that is about to start or to end. Raises OSError.
+    None: its owner has it, or one that is about to start or to end. Raises OSError.
     """
     _sweep(directory)
     while True:
@@ -40,7 +39,7 @@ def claim(directory: Path) -> int | None:
             directory.mkdir(mode=0o700)
         try:
             fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # a frontend that ended has just removed the directory
+        except FileNotFoundError:  # an owner that ended has just removed the directory
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,9 +70,10 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def _sweep(directory: Path) -> None:
-    """Removes what frontends of agents that are gone have left: they were killed, or they would have done it."""
-    for other in directory.parent.glob(f"{PREFIX}*"):
-        key = other.name.removeprefix(PREFIX)
+    """Removes what owners of agents that are gone have left: they were killed, or they would have done it."""
+    prefix = directory.name.partition("-")[0] + "-"
+    for other in directory.parent.glob(f"{prefix}*"):
+        key = other.name.removeprefix(prefix)
         if other == directory or not key.replace("-", "", 1).isdecimal() or is_alive(key):
             continue
         with contextlib.suppress(OSError), open(other / LOCK_NAME, "rb") as lock:

@@ -1,4 +1,4 @@
-"""One frontend a torchrun agent: who has the directory's lock."""
+"""One of each kind for a torchrun agent: who has the directory's lock."""
 
 import os
 import subprocess
@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
+from infer import claim as claims
 from infer import launch
-from infer.serve import claim as claims
-from infer.serve.claim import LOCK_NAME, SOCKET_NAME, agent_directory, claim, give_up
+from infer.claim import LOCK_NAME, SOCKET_NAME, agent_directory, claim, give_up
 
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     monkeypatch.setattr(claims.tempfile, "tempdir", str(tmp_path))
-    return agent_directory(os.getpid())
+    return agent_directory(os.getpid(), "frontend")
 
 
 def test_one_owner_at_a_time(directory):
@@ -58,7 +58,7 @@ def test_a_lock_whose_file_was_removed_is_no_claim(directory):
 
 def test_what_frontends_of_dead_agents_left_is_removed(directory):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as agent:
-        left = directory.with_name(claims.PREFIX + launch.process_key(agent.pid))
+        left = directory.with_name("frontend-" + launch.process_key(agent.pid))
         left.mkdir()
         (left / LOCK_NAME).touch()
         fd = claim(directory)
@@ -71,4 +71,4 @@ def test_what_frontends_of_dead_agents_left_is_removed(directory):
 
 def test_a_long_tmpdir_leaves_room_for_the_socket(tmp_path, monkeypatch):
     monkeypatch.setattr(claims.tempfile, "tempdir", str(tmp_path / ("x" * 100)))
-    assert len(os.fsencode(agent_directory(os.getpid()) / SOCKET_NAME)) <= claims.MAX_SOCKET_PATH_BYTES
+    assert len(os.fsencode(agent_directory(os.getpid(), "frontend") / SOCKET_NAME)) <= claims.MAX_SOCKET_PATH_BYTES
