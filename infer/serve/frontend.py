@@ -27,17 +27,9 @@ from infer.launch import is_alive, process_key
 from infer.serve.api import Api
 from infer.serve.app import ServerRoutes, make_app
 from infer.serve.client import EngineClient
-from infer.serve.connections import (
-    TLS_HANDSHAKE_S,
-    Connections,
-    PortTaken,
-    describe,
-    listen,
-    raise_descriptor_limit,
-    remove_unix_socket,
-    tls_context,
-)
+from infer.serve.connections import TLS_HANDSHAKE_S, Connections, raise_descriptor_limit, tls_context
 from infer.serve.link import FrontendConfig
+from infer.serve.listening import describe, remove_unix_socket
 from infer.serve.loop_lag import LoopLag
 from infer.serve.metrics import Metrics
 from infer.serve.spawn import Ready, remove_socket
@@ -45,7 +37,6 @@ from infer.serve.text import Tokenizer
 from infer.signals import Order, Orders, stop_signals
 
 ERRORS_S = 3.0  # for open replies to get their error event out
-PORT_POLL_S = 0.1
 STOP_POLL_S = 0.02
 
 logger = logging.getLogger("infer.frontend")
@@ -111,8 +102,7 @@ class Frontend:
         self._watch_parent(loop)
         tls = tls_context(config)
         connections = Connections(raise_descriptor_limit(config.max_connections))
-        self._sockets = await self._listen()
-        # From here on a client may connect, and gets its answer once the process is ready.
+        self._sockets = [socket.socket(fileno=fd) for fd in config.listener_fds]
         tokenizer = Tokenizer.load(config.tokenizer_path, chat_template=config.chat_template)
         engine_server = await asyncio.start_unix_server(self._client.serve, path=config.socket_path, limit=1 << 20)
         api = Api(self._client, tokenizer, config)
@@ -132,19 +122,6 @@ class Frontend:
         self._lag.start()
         self._metrics.watch_loop(self._lag)
         return api, runner, servers, engine_server
-
-    async def _listen(self) -> list[socket.socket]:
-        """Listening sockets. A port that is taken may become free within port_wait_s: after a restart, the frontend of
-        the ranks before is about to end. Raises ValueError.
-        """
-        deadline = time.monotonic() + self._config.port_wait_s
-        while True:
-            try:
-                return listen(self._config)
-            except PortTaken:
-                if self._ending.is_set() or time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(PORT_POLL_S)
 
     def _take_signal(self, number: signal.Signals) -> None:
         order = self._orders.take(number)
@@ -260,8 +237,9 @@ def main() -> int:
 
 def serve(config: FrontendConfig) -> int:
     """Runs the frontend to its end; returns the exit status. What is wrong at the start goes to the parent."""
-    if config.lock_fd is not None:
-        os.set_inheritable(config.lock_fd, False)  # a child of this process must not keep the lock
+    for fd in (config.lock_fd, *config.listener_fds):
+        if fd is not None:
+            os.set_inheritable(fd, False)  # a child of this process must not keep the lock, nor the port
     try:
         return asyncio.run(_run(config))
     except ValueError as error:

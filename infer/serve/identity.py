@@ -14,7 +14,7 @@ _READ = ("*.json", "tokenizer.model", "*.jinja")
 _LOOKED_AT = ("*.safetensors", "*.gguf")
 # A process's own, not of what it serves.
 _OF_THE_PROCESS = frozenset(
-    {"socket_path", "engine_pid", "agent_pid", "identity", "report_fd", "lock_fd", "port_wait_s"}
+    {"socket_path", "engine_pid", "agent_pid", "identity", "report_fd", "lock_fd", "listener_fds", "port_wait_s"}
 )
 
 

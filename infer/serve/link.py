@@ -352,7 +352,7 @@ class FrontendConfig(ServerConfig):
     for the same model and settings. engine_pid: the process to end with. agent_pid: torchrun's, to end with in its
     place, so that engines may come and go. identity: what an engine must say in Attach. report_fd: the pipe for one
     line, ready or why not. lock_fd: the lock of the directory that holds the socket, to be kept for life (claim.py).
-    port_wait_s: how long to wait for a port that is taken.
+    listener_fds: where clients connect, listening already. port_wait_s: how long rank 0 waits for a port that is taken.
     """
 
     model_path: str
@@ -363,6 +363,7 @@ class FrontendConfig(ServerConfig):
     identity: str = ""
     report_fd: int | None = None
     lock_fd: int | None = None
+    listener_fds: tuple[int, ...] = ()
     port_wait_s: float = 0.0
     default_sampling: dict[str, int | float] = field(default_factory=dict)
     system_fingerprint: str = ""

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import msgspec
 
-from infer.claim import MAX_SOCKET_PATH_BYTES, SOCKET_NAME
+from infer.claim import MAX_SOCKET_PATH_BYTES, SOCKET_NAME, give_up
 from infer.config import ServerConfig
 from infer.launch import child_environment
 from infer.serve.link import FrontendConfig
+from infer.serve.listening import listen
 
 DIRECTORY_PREFIX = "infer-"
 SECRET_VARIABLES = ("INFER_API_KEY", "HF_TOKEN")  # the frontend gets its keys with its configuration
@@ -48,10 +49,10 @@ class FrontendHandle:
         return self._process.pid
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Waits, once, until it has bound its port and read the tokenizer.
+        """Waits, once, until it has read the tokenizer and answers.
 
-        Raises ValueError with its one-line reason when it cannot start, and has ended it then: port taken, no such
-        address, tokenizer missing or corrupt.
+        Raises ValueError with its one-line reason when it cannot start, and has ended it then: tokenizer missing or
+        corrupt, no certificate.
         """
         try:
             with self._report as pipe:
@@ -97,31 +98,44 @@ def start_frontend(server: ServerConfig, model_path: Path, tokenizer_path: Path,
 def spawn_frontend(config: FrontendConfig, directory: Path | None = None, lock_fd: int | None = None) -> FrontendHandle:
     """Starts the frontend in a session of its own; `wait_ready` says how that went.
 
-    Its socket, this process's id and the pipe it reports on are filled in here. The frontend ends by itself when the
-    calling process does, or that of config.agent_pid. directory and lock_fd: the agent's, as claim.claim() gave it; the
-    lock goes over to the frontend. Raises ValueError where no process can be started.
+    It listens at once; clients that connect get their answer when it is ready. Its socket, this process's id and the
+    pipe it reports on are filled in here. The frontend ends by itself when the calling process does, or that of
+    config.agent_pid. directory and lock_fd: the agent's, as claim.claim() gave it; the lock goes over to the frontend.
+    Raises ValueError where it cannot listen, or no process can be started.
     """
     socket_path = (directory or _private_directory()) / SOCKET_NAME
-    report, report_for_child = os.pipe()
-    config = dataclasses.replace(
-        config, socket_path=str(socket_path), engine_pid=os.getpid(), report_fd=report_for_child, lock_fd=lock_fd
-    )
+    with contextlib.ExitStack() as ours:  # what only the frontend keeps
+        if lock_fd is not None:
+            ours.callback(os.close, lock_fd)
+        try:
+            listeners = [ours.enter_context(listener) for listener in listen(config, config.port_wait_s)]
+            report, report_for_child = os.pipe()
+            ours.callback(os.close, report_for_child)
+            config = dataclasses.replace(
+                config, socket_path=str(socket_path), engine_pid=os.getpid(), report_fd=report_for_child,
+                lock_fd=lock_fd, listener_fds=tuple(listener.fileno() for listener in listeners),
+            )  # fmt: skip
+            process = _start_process(config, report)
+        except ValueError:
+            if directory is not None:
+                give_up(directory)
+            remove_socket(socket_path)
+            raise
+    _tell_config(process, config)
+    return FrontendHandle(process, socket_path, config.port, report)
+
+
+def _start_process(config: FrontendConfig, report: int) -> subprocess.Popen[bytes]:
+    """Raises ValueError, and closes our end of the report, where that is impossible."""
+    fds = [fd for fd in (config.report_fd, config.lock_fd, *config.listener_fds) if fd is not None]
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "infer.serve.frontend"], stdin=subprocess.PIPE, start_new_session=True,
-            close_fds=True, pass_fds=(report_for_child, *(() if lock_fd is None else (lock_fd,))),
-            env=child_environment(SECRET_VARIABLES),
+            close_fds=True, pass_fds=fds, env=child_environment(SECRET_VARIABLES),
         )  # fmt: skip
     except OSError as error:
         os.close(report)
-        remove_socket(socket_path)
         raise ValueError(f"cannot start the frontend process: {error}") from None
-    finally:
-        os.close(report_for_child)
-        if lock_fd is not None:
-            os.close(lock_fd)
-    _tell_config(process, config)
-    return FrontendHandle(process, socket_path, config.port, report)
 
 
 def _tell_config(process: subprocess.Popen[bytes], config: FrontendConfig) -> None:

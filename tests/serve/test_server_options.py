@@ -21,7 +21,7 @@ from fake_engine import MODEL, FakeEngine, is_ready, wait_until
 
 from infer.config import EngineConfig, ServerConfig
 from infer.request import Request, SamplingParams
-from infer.serve import connections
+from infer.serve import connections, listening
 from infer.serve.client import MAX_SILENCE_S, EngineClient
 from infer.serve.errors import ApiError
 from infer.serve.link import EngineStats, FrontendConfig, Hello
@@ -287,7 +287,7 @@ def test_wrong_unix_sockets(tmp_path):
     wrong = {"file": "a file that is no socket", "x" * 200: "cannot listen there", "no/such": "cannot listen there"}
     for name, words in wrong.items():
         with pytest.raises(ValueError, match=f"--uds .*{words}"):
-            connections.listen_unix(tmp_path / name)
+            listening.listen_unix(tmp_path / name)
     assert (tmp_path / "file").exists()
 
 
