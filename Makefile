@@ -1,7 +1,7 @@
 # make install            virtual environment .venv, dependencies, native build
 # make serve              that, the default model, then the server on http://127.0.0.1:8000
 # make serve MODEL=DIR_OR_HUB_ID TP=2 PP=2 PORT=8001 HOST=0.0.0.0 ARGS="--max-model-len 4096"
-# make test, test-slow    the fast suite (some 12 minutes on 2 cores); the rest
+# make test, test-slow    the fast suite (some 20 minutes on 2 cores); the rest
 # make test-models       every family of models at every layout against transformers
 # make test-survive      the part of test-slow that CI runs too: ranks are killed under load
 # make soak              kills a rank 20 times in a row under load; every stream must end as if nothing had happened
