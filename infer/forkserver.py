@@ -95,9 +95,7 @@ class Task:
         os.chdir(self.directory)
         os.umask(self.umask)
         os.sched_setaffinity(0, self.cpus)
-        env = launch.RankEnv.from_environ(agent_pid=self.agent_pid)
-        launch.set_process_name(f"infer-rank-{env.rank}")
-        return env
+        return launch.RankEnv.from_environ(agent_pid=self.agent_pid)
 
 
 class ForkServer:

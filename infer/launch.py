@@ -265,10 +265,11 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def set_process_name(name: str) -> None:
-    """What `ps -o comm` and `top` show for this process, 15 bytes of it. Linux only."""
+    """What `ps -o comm` and `top` show for this process, 15 bytes of it, on Linux; elsewhere nothing is done."""
     import ctypes
 
-    _prctl(PR_SET_NAME, ctypes.create_string_buffer(name.encode()))
+    if sys.platform.startswith("linux"):
+        _prctl(PR_SET_NAME, ctypes.create_string_buffer(name.encode()))
 
 
 def _prctl(option: int, argument: Any) -> None:

@@ -108,7 +108,7 @@ def test_a_rank_has_what_its_stand_in_has(start: Start, tmp_path: Path) -> None:
         print(json.dumps({
             "code": len(sys.argv), "directory": os.getcwd(), "umask": mask, "cpus": sorted(os.sched_getaffinity(0)),
             "own": os.environ["OWN"], "other": os.environ.get("OTHER"), "rank": env.rank, "agent": env.agent_pid,
-            "leads": os.getsid(0) == os.getpid(), "name": open("/proc/self/comm").read().strip(),
+            "leads": os.getsid(0) == os.getpid(),
             "files": sorted(map(int, os.listdir("/proc/self/fd"))),
             "handlers": [str(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)],
         }))
@@ -126,7 +126,7 @@ def test_a_rank_has_what_its_stand_in_has(start: Start, tmp_path: Path) -> None:
     assert process.returncode == 7 and start.errors(process) == "to standard error\n", start.errors(process)
     assert json.loads(out) == {
         "code": 2, "directory": str(elsewhere), "umask": 0o027, "cpus": [cpu], "own": "\udcff odd bytes", "other": None,
-        "rank": 3, "agent": os.getpid(), "leads": True, "name": "infer-rank-3",
+        "rank": 3, "agent": os.getpid(), "leads": True,
         "files": [0, 1, 2, 3],  # the last is the list itself
         "handlers": [str(handler) for handler in (signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL)],
     }  # fmt: skip

@@ -45,6 +45,7 @@ STOP_SECONDS = 3.0  # beyond --shutdown-timeout: for the last step, and for all 
 
 def run(env: launch.RankEnv, timeline: Timeline | None = None) -> None:
     """This rank, until it ends. timeline: of its start so far, where that began before this process."""
+    launch.set_process_name(f"infer-rank-{env.rank}")
     if env.rank != 0:
         follow(env)
     try:
