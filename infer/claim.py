@@ -19,7 +19,10 @@ MAX_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107
 
 
 def agent_directory(agent_pid: int, owner: str) -> Path:
-    """The directory of this agent's owner ("frontend"); it need not exist. Raises OSError as private_directory does."""
+    """The directory of this agent's owner ("frontend", "forkserver"); it need not exist.
+
+    Raises OSError as private_directory does.
+    """
     name = f"{owner}-{process_key(agent_pid)}"
     for parent in (tempfile.gettempdir(), "/tmp"):
         longest = f"{parent}/infer-{os.getuid()}/{name}/{SOCKET_NAME}"

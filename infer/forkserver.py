@@ -33,6 +33,8 @@ from infer.claim import give_up
 
 HEADER = struct.Struct("<I")  # bytes of the task that follows
 MAX_TASK_BYTES = 16 << 20  # an environment is smaller
+RETRY_SECONDS = 0.1
+DYING_SECONDS = 0.005  # between looks at what was killed, where a rank waits for its memory
 TASK_SECONDS = 10.0  # a stand-in that stops in the middle of its task is given up
 NUM_STREAMS = 3  # standard input, output and error
 # A service manager tells all processes of a service to end, this one too, while requests still finish.
@@ -85,7 +87,6 @@ class Task:
 
     def take_over(self, streams: list[int]) -> launch.RankEnv:
         """Makes this process, which has just been forked, the rank."""
-        os.setsid()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
@@ -99,11 +100,17 @@ class Task:
 
 
 class ForkServer:
-    """The loop of the fork server. directory: its claim, which it gives up at the end."""
+    """The loop of the fork server. directory: its claim, which it gives up at the end.
+
+    A rank that is killed for a lost stand-in is gone before the others get the SIGTERM that torchrun sends for it, and
+    that means the user's wish where nobody is lost; and before another takes its place, and its memory.
+    """
 
     def __init__(self, listener: socket.socket, agent_pid: int, directory: Path, lock_fd: int) -> None:
         self._listener, self._directory, self._lock_fd = listener, directory, lock_fd
         self._ranks: dict[int, socket.socket] = {}  # pid -> its stand-in, until the process has ended
+        self._dying: set[int] = set()  # of those, what was killed for a lost stand-in
+        self._held: list[tuple[int, bytes]] = []  # signals to others meanwhile
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._wakeup_end = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -120,7 +127,9 @@ class ForkServer:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._listener:
-                    if (task := self._accept()) is not None:
+                    if self._dying:
+                        time.sleep(DYING_SECONDS)
+                    elif (task := self._accept()) is not None:
                         return task
                 elif key.fileobj is self._wakeup:
                     self._reap()
@@ -131,20 +140,35 @@ class ForkServer:
 
     def _accept(self) -> tuple[Task, list[int]] | None:
         """Forks. Returns the task in the rank, None here."""
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:  # no descriptor is left, say; it waits for one
+            print(f"infer: no rank can be forked: {error}", file=sys.stderr)
+            time.sleep(RETRY_SECONDS)
+            return None
         connection.settimeout(TASK_SECONDS)
         received = Task.receive(connection) if launch.is_same_user(connection) else None
         if received is None:
             connection.close()
             return None
         own_pid = os.getpid()
-        pid = os.fork()
+        signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # those to the rank wait until it has its own handlers
+        try:
+            pid = os.fork()
+        except OSError as error:
+            print(f"infer: no rank can be forked: {error}", file=sys.stderr)
+            pid = -1
         if pid == 0:
+            os.setsid()
             launch.die_with_parent(own_pid)
             self._leave(connection)
             return received
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
         for stream in received[1]:
             os.close(stream)
+        if pid < 0:
+            connection.close()
+            return None
         self._ranks[pid] = connection
         self._selector.register(connection, selectors.EVENT_READ, pid)
         self._tell(connection, "forked")
@@ -162,17 +186,29 @@ class ForkServer:
 
     def _hear(self, pid: int) -> None:
         """Passes signals on to a rank, or kills it: its stand-in is gone."""
-        if pid not in self._ranks:  # it was reaped in this round; until then no other process has this pid
+        if pid not in self._ranks:  # it was reaped in this round
             return
         connection = self._ranks[pid]
         try:
             numbers = connection.recv(64)
         except OSError:
             numbers = b""
-        for number in numbers or [signal.SIGKILL]:
-            os.kill(pid, number)
         if not numbers:
             self._selector.unregister(connection)
+            self._dying.add(pid)
+            self._pass_on(pid, bytes([signal.SIGKILL]))
+        elif self._dying:
+            self._held.append((pid, numbers))
+        else:
+            self._pass_on(pid, numbers)
+
+    def _pass_on(self, pid: int, numbers: bytes) -> None:
+        """Signals to a rank and its children, as torchrun sends them to a group. Not reaped, it still has its pid."""
+        for number in numbers:
+            try:
+                os.killpg(pid, number)
+            except ProcessLookupError:  # it leads no group yet
+                os.kill(pid, number)
 
     def _reap(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -180,12 +216,18 @@ class ForkServer:
         while self._ranks:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
-                return
-            connection = self._ranks.pop(pid)
+                break
+            connection = self._ranks.pop(pid)  # it has no other children
+            self._dying.discard(pid)
             with contextlib.suppress(KeyError):  # its stand-in had gone
                 self._selector.unregister(connection)
             self._tell(connection, f"ended {os.waitstatus_to_exitcode(status)}")
             connection.close()
+        if not self._dying:
+            held, self._held = self._held, []
+            for pid, numbers in held:
+                if pid in self._ranks:
+                    self._pass_on(pid, numbers)
 
     def _tell(self, connection: socket.socket, line: str) -> None:
         with contextlib.suppress(OSError):  # gone; that is found out by reading
@@ -240,6 +282,8 @@ def main(
 ) -> None:
     """LISTENER_FD LOCK_FD AGENT_PID DIRECTORY, as stand_in.py has it. run: what a rank does, prepare: what it needs."""
     listener_fd, lock_fd, agent_pid = map(int, sys.argv[1:4])
+    for fd in (listener_fd, lock_fd):
+        os.set_inheritable(fd, False)  # a program that is started here must not keep them
     before = {number: signal.getsignal(number) for number in IGNORED}
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -256,6 +300,7 @@ def main(
 
     for number, handler in before.items():
         signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     run(task.take_over(streams), task, imported)
 
 

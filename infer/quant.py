@@ -98,7 +98,10 @@ class PackedStack(Stack):
             packed = _pack(weight.view(-1, inputs))  # no block holds rows of two experts
             self.packed = packed.view(experts, -1, *packed.shape[1:])
         else:
-            self.packed = torch.stack([ops.pack_linear(matrix) for matrix in weight])
+            first = ops.pack_linear(weight[0])
+            self.packed = weight.new_empty(experts, *first.shape)
+            for expert, matrix in enumerate(weight):
+                self.packed[expert] = ops.pack_linear(matrix)
 
     def multiply(self, x: Tensor, rows: Tensor | None, starts: Tensor) -> Tensor:
         return ops_moe.packed_grouped_linear(x, rows, starts, self.packed, self.outputs)

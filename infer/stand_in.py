@@ -88,16 +88,16 @@ def _reach(env: launch.RankEnv) -> socket.socket:
             except (FileNotFoundError, ConnectionRefusedError):
                 connection.close()
             if (lock_fd := claim(directory)) is not None:
-                _start(directory, lock_fd, env.agent_pid)
+                _start(directory, lock_fd, env)
             elif time.monotonic() > deadline:
-                raise ValueError(f"{directory} is locked, but nobody answers there; end what holds its lock")
+                launch.end(f"{directory} is locked, but nobody answers there; end what holds its lock", env)
             else:
                 time.sleep(POLL_SECONDS)
     except OSError as error:
         raise ValueError(f"no fork server: {error}; set TMPDIR to a directory that takes sockets") from None
 
 
-def _start(directory: Path, lock_fd: int, agent_pid: int) -> None:
+def _start(directory: Path, lock_fd: int, env: launch.RankEnv) -> None:
     """Starts the fork server in a session of its own. Connections wait until it has imported. -u: as torchrun does."""
     path = directory / SOCKET_NAME
     path.unlink(missing_ok=True)  # of one that was killed
@@ -106,11 +106,14 @@ def _start(directory: Path, lock_fd: int, agent_pid: int) -> None:
             listener.bind(str(path))
             listener.listen(1024)
             fds = (listener.fileno(), lock_fd)
-            subprocess.Popen(
-                [sys.executable, "-u", *PROGRAM, *map(str, (*fds, agent_pid, directory))],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=fds,
-                env=launch.child_environment(),
-            )  # fmt: skip
+            try:
+                subprocess.Popen(
+                    [sys.executable, "-u", *PROGRAM, *map(str, (*fds, env.agent_pid, directory))],
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=fds,
+                    env=launch.child_environment(),
+                )  # fmt: skip
+            except OSError as error:  # no memory or no process left, say: another time there may be
+                launch.end(f"its fork server cannot be started: {error}", env)
     finally:
         os.close(lock_fd)
 

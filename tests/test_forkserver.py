@@ -17,6 +17,7 @@ from worlds import ROOT, SCRIPTS, python_path
 
 from infer import stand_in
 from infer.claim import SOCKET_NAME, agent_directory
+from infer.forkserver import Task
 from infer.launch import RankEnv
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ranks are forked on Linux only")
@@ -167,6 +168,36 @@ def test_a_rank_is_killed_when_its_stand_in_is(start: Start) -> None:
     assert start("pass").wait(SECONDS) == 0
 
 
+def test_no_rank_hears_a_signal_while_another_still_dies(start: Start) -> None:
+    """torchrun's SIGTERM after a stand-in was killed; a rank would take it for the user's wish if all others lived."""
+    large = start(SAY_PID + "x = b'x' * 600_000_000; print('up'); import time; time.sleep(60)")
+    pid = int(first_line(large))
+    assert first_line(large) == "up"
+    look = f"import os, signal; print('up'); signal.sigwait([signal.SIGTERM]); print(os.path.exists('/proc/{pid}'))"
+    other = start(f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); {look}", rank=1)
+    assert first_line(other) == "up"
+    large.kill()
+    large.wait()
+    other.terminate()
+    assert first_line(other) == "False"
+
+
+def test_a_signal_that_comes_with_the_fork_is_not_lost(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start("pass").wait(SECONDS) == 0
+    monkeypatch.setattr(sys, "argv", ["standing_in.py", "import time; time.sleep(60)"])
+    for name, value in start.environ().items():
+        monkeypatch.setenv(name, value)
+    env = RankEnv.from_environ(agent_pid=os.getpid())
+    for _ in range(10):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(agent_directory(os.getpid(), stand_in.OWNER) / SOCKET_NAME))
+            connection.settimeout(SECONDS)
+            Task.of_this_process(env, time.monotonic()).send(connection)
+            assert connection.recv(100) == b"forked\n"
+            connection.sendall(bytes([signal.SIGTERM]))
+            assert connection.recv(100) == b"ended -15\n"
+
+
 def test_all_ranks_end_with_the_fork_server_and_the_next_start_makes_another(start: Start) -> None:
     processes = [start(SLEEP, rank) for rank in range(3)]
     pids = [int(first_line(process)) for process in processes]
@@ -235,3 +266,21 @@ def test_a_wrong_value_of_the_switch_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(stand_in.SWITCH, "off")
     with pytest.raises(ValueError, match="INFER_FORKSERVER='off' must be 0 or 1"):
         stand_in.stands_in(RankEnv(under_torchrun=True))
+
+
+def test_what_ranks_are_forked_from_can_be() -> None:
+    """Nothing of CUDA was begun, no other process either, and no thread is there but those that stop for a fork."""
+    code = """if True:
+        import os, sys, torch
+        calls = []
+        for name in ("is_available", "device_count", "init"):
+            setattr(torch.cuda, name, lambda *_, name=name: calls.append(name))
+        from infer.forkserver import import_server
+        import_server()
+        assert not calls, calls
+        assert not torch.cuda.is_initialized()
+        print(len(os.listdir("/proc/self/task")), "torch._inductor.async_compile" in sys.modules)
+        print(open("/proc/self/task/%d/children" % os.getpid()).read().split())"""
+    environ = {**os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1 False\n[]\n", done

@@ -86,13 +86,14 @@ def random_workload(seed):
     return rng, simulation, requests
 
 
-def run_workload(rng, simulation, requests, abort_share):
-    """Requests arrive over time, some are aborted. Returns outputs and the aborted (request id, choice)."""
+def run_workload(rng, simulation, requests, abort_share, alone_share=0.0):
+    """Requests arrive over time, some are to run alone, some are aborted. Returns outputs and the aborted (request id,
+    choice)."""
     waiting, outputs, aborted = list(requests), [], set()
     for _ in range(20_000):
         for _ in range(rng.randrange(4)):
             if waiting:
-                simulation.scheduler.add(waiting.pop(0))
+                simulation.scheduler.add(waiting.pop(0), alone=alone_share > 0 and rng.random() < alone_share)
         if abort_share and rng.random() < abort_share:
             victim = rng.choice(requests)
             choice = rng.choice([None, 0])
@@ -106,6 +107,22 @@ def run_workload(rng, simulation, requests, abort_share):
         elif not waiting:
             return outputs, aborted
     raise AssertionError("a request starves")
+
+
+def watch_alone(simulation):
+    """Checks every batch: until a token of it has come, what is to run alone does, and in its turn."""
+    scheduler, plan = simulation.scheduler, simulation.scheduler.next
+
+    def next_batch():
+        alone, _ = list(scheduler._alone), scheduler.take_started()
+        batch = plan()
+        if batch is not None and alone:
+            ids = {sequence.request.request_id for sequence, _ in scheduler._in_flight[-1][1].starts.values()}
+            assert ids == {alone[0]} or not ids & set(alone), f"{ids} in one batch, while {alone} are to run alone"
+            assert not set(scheduler.take_started()) - {alone[0]}, "another began meanwhile"
+        return batch
+
+    scheduler.next, simulation.in_order = next_batch, False
 
 
 def check_outcome(simulation, requests, outputs, aborted):
@@ -151,23 +168,27 @@ def check_prompt_logprobs(requests, outputs):
 
 
 @pytest.mark.parametrize(
-    ("abort_share", "seeds"),
+    ("abort_share", "alone_share", "seeds"),
     [
-        (0.0, range(200)),
-        (0.3, range(200)),
-        pytest.param(0.1, range(200, 3000), marks=pytest.mark.slow),
+        (0.0, 0.0, range(200)),
+        (0.3, 0.0, range(200)),
+        (0.1, 0.5, range(200)),
+        pytest.param(0.1, 0.0, range(200, 3000), marks=pytest.mark.slow),
+        pytest.param(0.1, 0.3, range(3000, 5000), marks=pytest.mark.slow),
     ],
 )
-def test_random_workloads(abort_share, seeds):
+def test_random_workloads(abort_share, alone_share, seeds):
     num_preemptions = num_hits = 0
     for seed in seeds:
         rng, simulation, requests = random_workload(seed)
+        if alone_share:
+            watch_alone(simulation)
         try:
-            outputs, aborted = run_workload(rng, simulation, requests, abort_share)
+            outputs, aborted = run_workload(rng, simulation, requests, abort_share, alone_share)
             check_outcome(simulation, requests, outputs, aborted)
             check_prompt_logprobs(requests, outputs)
             order = simulation.ranks.order
-            assert order == sorted(order), "a request overtook an earlier one"
+            assert alone_share or order == sorted(order), "a request overtook an earlier one"
             simulation.scheduler.check_idle()
         except (AssertionError, LookupError) as error:
             raise AssertionError(f"workload {seed}: {error}") from error
@@ -193,6 +214,43 @@ def test_a_long_prompt_runs_in_chunks_and_draws_once():
     outputs = finish(simulation)
     assert [batch.num_tokens for batch in simulation.batches] == [8, 8, 8, 6]
     assert len(outputs) == 1 and outputs[0].finish_reason == FinishReason.LENGTH
+
+
+def test_alone_means_alone_and_the_others_have_a_batch_now_and_then():
+    simulation = make()
+    watch_alone(simulation)
+    simulation.scheduler.add(request("old", [1, 2], ignore_eos=True, max_tokens=20))
+    simulation.step()
+    for i in range(9):
+        simulation.scheduler.add(request(f"a{i}", [3, 4, i + 5], ignore_eos=True, max_tokens=20), alone=True)
+    simulation.scheduler.add(request("new", [9], max_tokens=1, ignore_eos=True))
+    came = [{output.request_id for output in simulation.step()} for _ in range(12)]
+    first, second = {"old", "a0", "a1", "a2", "a3"}, {"a4", "a5", "a7"}
+    assert came[:5] == [{"a0"}, {"a1"}, {"a2"}, {"a3"}, first]
+    assert came[5:9] == [{f"a{i}"} for i in range(4, 8)]
+    assert came[9] == first | second, "8 sequences run at most, and a7 has taken the place of the last of them"
+    assert came[10] == {"a8"} and "new" not in came[11]
+    assert {output.request_id for output in finish(simulation)} >= {"new", "old", "a8"}
+
+
+def test_what_runs_alone_gets_the_blocks_it_needs():
+    simulation = make(num_blocks=16)
+    watch_alone(simulation)
+    simulation.scheduler.add(request("old", range(2, 32), ignore_eos=True, max_tokens=30))
+    simulation.step()
+    simulation.scheduler.add(request("a", range(40, 80), ignore_eos=True, max_tokens=2), alone=True)
+    assert [{output.request_id for output in simulation.step()} for _ in range(2)] == [set(), {"a"}]
+    assert simulation.scheduler.stats.num_preemptions == 1
+    finish(simulation)
+    simulation.scheduler.check_idle()
+
+
+def test_what_was_to_run_alone_may_be_aborted():
+    simulation = make()
+    simulation.scheduler.add(request("a", [1]), alone=True)
+    simulation.scheduler.add(request("b", [2], max_tokens=1, ignore_eos=True))
+    simulation.scheduler.abort("a")
+    assert [output.request_id for output in finish(simulation)] == ["b"]
 
 
 def test_chunks_of_one_prompt_fill_the_pipeline():

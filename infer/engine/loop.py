@@ -143,9 +143,9 @@ class Engine:
 
     # ------------------------------------------------------------------ requests
 
-    def submit(self, request: Request) -> None:
-        """Queues a request that was checked (`check_request`)."""
-        self.scheduler.add(request)
+    def submit(self, request: Request, alone: bool = False) -> None:
+        """Queues a request that was checked (`check_request`). alone: as Scheduler.add has it."""
+        self.scheduler.add(request, alone)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """Ends a request, or one choice of it; nothing more comes of it."""

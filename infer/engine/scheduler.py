@@ -31,6 +31,7 @@ from infer.request import FinishReason, Output, Request, TokenLogprobs
 
 BATCHES_PER_STAGE = 4  # that the prompts at hand are spread over, per pipeline stage
 MIN_PIPELINE_TOKENS = 256  # fewer tokens in a batch make it slower per token
+ALONE_IN_A_ROW = 4  # requests that run alone, until the others have a batch
 
 
 @dataclass
@@ -89,6 +90,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._in_flight: deque[tuple[int, _Plan]] = deque()
         self._choices: dict[str, dict[int, Sequence]] = {}  # request id -> its unfinished choices
+        self._alone: dict[str, None] = {}  # requests that run alone until a token of theirs has come, in order
+        self._num_alone_in_a_row = 0
         self._freed: list[int] = []
         self._started: list[str] = []
         self._next_seq_id = self._num_arrived = 0
@@ -96,11 +99,17 @@ class Scheduler:
 
     # ------------------------------------------------------------------ requests
 
-    def add(self, request: Request) -> None:
-        """Queues the choices of a request that was checked (`check_request`)."""
+    def add(self, request: Request, alone: bool = False) -> None:
+        """Queues the choices of a request that was checked (`check_request`).
+
+        alone: until a token of it has come no other request is in its batches, none begins, and of those that are alone
+        too only the first runs. So if it brings the engine down, it is known which it was (serve/replay.py).
+        """
         if request.request_id in self._choices:
             raise ValueError(f"request id {request.request_id!r} is in use")
         self._choices[request.request_id] = {}
+        if alone:
+            self._alone[request.request_id] = None
         now = self._clock()
         for choice in request.choices:
             sequence = Sequence(self._next_seq_id, request, choice, self.max_model_len, self._num_arrived, now)
@@ -145,8 +154,9 @@ class Scheduler:
         if len(self._in_flight) >= self.pp_size:
             return None
         plan = _Plan(max_tokens=self._budget())
-        preempted = self._continue_running(plan)
-        if not preempted:
+        if self._alone:
+            self._plan_beside_alone(plan)
+        elif not self._continue_running(plan, self.running):
             self._admit_waiting(plan)
         if not plan.rows:
             if not self._in_flight and (self.waiting or self.running):
@@ -167,6 +177,30 @@ class Scheduler:
             plan.new,
         )
 
+    def _plan_beside_alone(self, plan: _Plan) -> None:
+        """A batch of the first of those that run alone, or, each time some of them are through, one of the others."""
+        if self._num_alone_in_a_row >= ALONE_IN_A_ROW:
+            self._num_alone_in_a_row = 0
+            others = [sequence for sequence in self.running if sequence.request.request_id not in self._alone]
+            self._continue_running(plan, others)
+            if plan.rows:
+                return
+        first = next(iter(self._alone))
+        self._make_room(first)
+        if not self._continue_running(plan, self._running_of(first)):
+            self._admit_waiting(plan, first)
+
+    def _running_of(self, request_id: str) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.request.request_id == request_id]
+
+    def _make_room(self, request_id: str) -> None:
+        """Preempts other requests as long as this one does not fit beside them."""
+        choices = self._choices[request_id].values()
+        missing = sum(self.pool.blocks_for(len(s.tokens)) - len(s.block_table) for s in choices)
+        others = [sequence for sequence in self.running if sequence.request.request_id != request_id]
+        while others and (missing > self.pool.num_free_blocks or len(others) + len(choices) > self.max_num_seqs):
+            self._preempt(others.pop())
+
     def _budget(self) -> int:
         """Most tokens of the next batch. With several stages the prompts at hand are spread over a few batches a stage,
         since each stage idles for a batch while the pipeline fills and drains."""
@@ -177,11 +211,11 @@ class Scheduler:
         share = -(-todo // (BATCHES_PER_STAGE * self.pp_size))
         return min(self.max_num_batched_tokens, max(share, MIN_PIPELINE_TOKENS))
 
-    def _continue_running(self, plan: _Plan) -> bool:
-        """Adds running sequences in their order. True if one had to be preempted."""
-        decode_cap = -(-sum(sequence.is_decoding for sequence in self.running) // self.pp_size)
+    def _continue_running(self, plan: _Plan, sequences: list[Sequence]) -> bool:
+        """Adds these running sequences in their order. True if one had to be preempted."""
+        decode_cap = -(-sum(sequence.is_decoding for sequence in sequences) // self.pp_size)
         preempted = False
-        for sequence in list(self.running):
+        for sequence in list(sequences):
             room = plan.max_tokens - plan.num_tokens
             if room == 0:
                 break
@@ -202,9 +236,9 @@ class Scheduler:
                 self._schedule(plan, sequence, count)
         return preempted
 
-    def _admit_waiting(self, plan: _Plan) -> None:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+    def _admit_waiting(self, plan: _Plan, request_id: str | None = None) -> None:
+        """Adds waiting sequences in their order, of this request or (None) of any."""
+        while len(self.running) < self.max_num_seqs and (sequence := self._first_waiting(request_id)) is not None:
             room = plan.max_tokens - plan.num_tokens
             if room == 0 or sequence.awaiting:  # preempted with a token on its way: that comes first
                 return
@@ -216,7 +250,7 @@ class Scheduler:
             num_needed = self.pool.blocks_for(num_cached + count) - len(hits)
             if num_needed > self.pool.num_free_blocks - self.pool.num_free_among(hits):
                 return
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             insort(self.running, sequence, key=attrgetter("order"))
             sequence.running = True
             self.pool.take(hits)
@@ -227,6 +261,11 @@ class Scheduler:
             grown = self._grow(sequence, num_cached + count)
             assert grown
             self._schedule(plan, sequence, count)
+
+    def _first_waiting(self, request_id: str | None) -> Sequence | None:
+        if request_id is None:
+            return self.waiting[0] if self.waiting else None
+        return next((sequence for sequence in self.waiting if sequence.request.request_id == request_id), None)
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks to start from. At least one token is left to compute: a step is needed to draw the next."""
@@ -358,9 +397,17 @@ class Scheduler:
                 outputs.append(self._finish(sequence))
             elif (reason := result.errors.get(index)) is None and sequence.has_hits:
                 self._compute_again(sequence)
+                continue
             else:
                 outputs.append(self._fail(sequence, reason))
+            self._came_through(sequence.request.request_id)
         return outputs
+
+    def _came_through(self, request_id: str) -> None:
+        """Something has come of it, or it has ended: it need not run alone any more."""
+        if request_id in self._alone:
+            del self._alone[request_id]
+            self._num_alone_in_a_row += 1
 
     def _is_live(self, sequence: Sequence) -> bool:
         return self._choices.get(sequence.request.request_id, {}).get(sequence.choice) is sequence
@@ -435,6 +482,7 @@ class Scheduler:
         del choices[sequence.choice]
         if not choices:
             del self._choices[sequence.request.request_id]
+            self._came_through(sequence.request.request_id)
         (self.running if sequence.running else self.waiting).remove(sequence)
         sequence.running = False
         self._release(sequence)

@@ -155,10 +155,10 @@ class Watchdog:
         """Whether another rank is lost, as far as that can be told at once: for a signal's meaning.
 
         torchrun's SIGTERM comes to every rank when its user wants an end, and to the others when one of its ranks has
-        failed, often before a closed connection shows. In the second case torchrun has waited for that rank before, so
-        the process exists no more; in the first no process is gone, as ranks outlast the signal. Ranks of another
-        torchrun need not be looked for: their end makes this rank's torchrun send nothing. (Where torchrun restarts
-        ranks because a node joins, nobody is lost, and they stop as if told to.)
+        failed, often before a closed connection shows. In the second case torchrun has waited for that rank before, or
+        the fork server has (forkserver.py), so the process exists no more; in the first no process is gone, as ranks
+        outlast the signal. Ranks of another torchrun need not be looked for: their end makes this rank's torchrun send
+        nothing. (Where torchrun restarts ranks because a node joins, nobody is lost, and they stop as if told to.)
         """
         with self._changed:
             if self._verdict:

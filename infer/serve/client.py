@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from infer.request import FinishReason, Output, Request
 from infer.serve.engine_socket import read_attach, read_message
@@ -39,9 +39,11 @@ QUEUE_RETRY_S = 2  # what a client that found the queue full is told to wait
 logger = logging.getLogger("infer.frontend")
 
 
-def submission(requests: Sequence[Request]) -> bytes:
-    """The frames that hand requests to the engine."""
-    return b"".join(encode_frame(Submit(request=request)) for request in requests)
+def submission(requests: Sequence[Request], suspects: Collection[str] = ()) -> bytes:
+    """The frames that hand requests to the engine. suspects: ids of those that are to run alone."""
+    return b"".join(
+        encode_frame(Submit(request=request, alone=request.request_id in suspects)) for request in requests
+    )
 
 
 class EngineClient:
@@ -161,21 +163,13 @@ class EngineClient:
         job = Job(requests, on_overflow)
         if not self._jobs:
             self._heard = time.monotonic()
-        released: list[str] = []
         for request in requests:
             self._jobs[request.request_id] = job
             self._queued.add(request.request_id)
             self.metrics.request_started(request)
-            released += self._replay.add(request.request_id)
-        if frames is not None and released == list(job.requests):
-            self._write(frames)
-        else:
-            self._submit(released)
+        if self._replay.is_open:  # else they go to the next engine
+            self._write(submission(requests) if frames is None else frames)
         return job
-
-    def _submit(self, request_ids: Iterable[str]) -> None:
-        if frames := submission([self._jobs[request_id].resumed(request_id) for request_id in request_ids]):
-            self._write(frames)
 
     def _check_queue(self) -> None:
         """One HTTP request's prompts come in together: even a short queue takes a long list once it is empty."""
@@ -207,12 +201,12 @@ class EngineClient:
         self.metrics.request_closed(request_id)
         if self._jobs.pop(request_id, None) is not None and job.open[request_id]:
             self._send(Abort(request_id=request_id))
-        self._submit(self._replay.ended(request_id))
+        self._replay.ended(request_id)
 
     def _end_if_done(self, job: Job, request_id: str) -> None:
         """The engine has nothing more to do for a request whose choices are all over; the client may still read."""
         if not job.open[request_id]:
-            self._submit(self._replay.ended(request_id))
+            self._replay.ended(request_id)
 
     def _send(self, message: Message) -> None:
         self._write(encode_frame(message))
@@ -364,9 +358,13 @@ class EngineClient:
         self.hello = hello
         self.metrics.engine_started(hello)
         self.phase = "ready"
-        self._submit(self._replay.open([name for name, job in self._jobs.items() if job.open[name]]))
-        if self._replay.num_suspects:
-            logger.info("%d requests ran when the last one ended; they go on one by one", self._replay.num_suspects)
+        unfinished = {name: job.resumed(name) for name, job in self._jobs.items() if job.open[name]}
+        self._replay.open(unfinished)
+        suspects = self._replay.suspects
+        if unfinished:
+            self._write(submission(list(unfinished.values()), suspects))
+        if suspects:
+            logger.info("%d requests ran when the last one ended; they go on one by one", len(suspects))
         self.connected.set()
 
     def _dispatch(self, output: Output) -> None:
@@ -380,7 +378,7 @@ class EngineClient:
         self._queued.discard(output.request_id)
         self.metrics.output(output)
         job.put(output)
-        self._submit(self._replay.advanced(output.request_id))
+        self._replay.advanced(output.request_id)
         self._end_if_done(job, output.request_id)
 
     def _end_if_overflowing(self, job: Job) -> None:

@@ -35,9 +35,10 @@ class _Message(msgspec.Struct, tag=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Submit(_Message):
-    """Frontend to engine: a new request."""
+    """Frontend to engine: a new request. alone: it may be what brought the last engine down; see Scheduler.add."""
 
     request: Request
+    alone: bool = False
 
 
 class Abort(_Message):

@@ -195,6 +195,7 @@ class Server:
     def _fail(self, error: ValueError) -> NoReturn:
         """The start failed for what the user gave."""
         self._leave_to_signal()
+        self._end_once.acquire()  # the other thread may fail as well, for the frontend that is stopped here
         if self._frontend is not None:
             self._frontend.leave(str(error), final=True)
         launch.fail(str(error), self._env)
@@ -284,7 +285,7 @@ class Server:
             request = message.request
             try:
                 check_request(request, engine.model_config.vocab_size, engine.max_model_len)
-                engine.submit(request)
+                engine.submit(request, message.alone)
             except ValueError as error:  # the frontend has checked already: this is its bug, not the user's
                 logger.error("request %s refused: %s", request.request_id, error)
                 ended = [

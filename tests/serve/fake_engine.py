@@ -71,6 +71,8 @@ class FakeEngine:
         self.fail_with: str | None = None
         self._vocab_size = tokenizer.vocab_size
         self._running: dict[tuple[str, int], tuple[Request, int]] = {}  # -> request, tokens so far
+        self._queue: list[tuple[Request, bool]] = []  # whether it is to run alone
+        self._alone: str | None = None  # does so
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
@@ -98,6 +100,7 @@ class FakeEngine:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._take(self.inbox.get(timeout=0.0 if self._running else 0.01))
+            self._admit()
             items = [] if self.is_stuck else [self._step(*key) for key in list(self._running)]
             if items:
                 self.link.send(Outputs(items=items, generation=self.generation))
@@ -105,14 +108,12 @@ class FakeEngine:
 
     def _take(self, message: object) -> None:
         match message:
-            case Submit(request=request):
+            case Submit(request=request, alone=alone):
                 self.requests.append(request)
-                for choice in request.choices:
-                    done = (request.output_token_ids or {}).get(choice, [])
-                    self._running[request.request_id, choice] = (request, len(done))
-                self.link.send(Started(request_ids=[request.request_id]))
+                self._queue.append((request, alone))
             case Abort(request_id=request_id, index=index):
                 self.aborts.append(message)
+                self._admit()  # in the order in which they came
                 for key in list(self._running):
                     if key[0] == request_id and index in (None, key[1]):
                         del self._running[key]
@@ -121,7 +122,20 @@ class FakeEngine:
             case Closed():
                 self.closed = message
 
+    def _admit(self) -> None:
+        """Starts what waits, as Scheduler does: what is to run alone first, one at a time."""
+        while self._queue and self._alone is None:
+            request, alone = next((item for item in self._queue if item[1]), self._queue[0])
+            self._queue.remove((request, alone))
+            self._alone = request.request_id if alone else None
+            for choice in request.choices:
+                done = (request.output_token_ids or {}).get(choice, [])
+                self._running[request.request_id, choice] = (request, len(done))
+            self.link.send(Started(request_ids=[request.request_id]))
+
     def _step(self, request_id: str, index: int) -> Output:
+        if request_id == self._alone:
+            self._alone = None
         request, done = self._running[request_id, index]
         prompt, params = request.prompt_token_ids, request.params
         if self.fail_with is not None:
