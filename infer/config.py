@@ -331,7 +331,16 @@ def from_args(args: argparse.Namespace, config_class: type) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one ValueError, so that every rank's caller decides who prints it."""
+    """An argument parser whose errors are one ValueError, so that every rank's caller decides who prints it; for an
+    unknown flag it names the nearest."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
 
     def error(self, message: str) -> Any:
         raise ValueError(f"{message}; --help lists every option")

@@ -1,7 +1,8 @@
-"""python -m infer.run_batch: the requests of a batch file, answered into another file.
+r"""python -m infer.run_batch: the requests of a batch file, answered into another file.
 
     python -m infer.run_batch -i requests.jsonl -o results.jsonl --model DIR
-    torchrun --nproc-per-node 4 --max-restarts 10 -m infer.run_batch -i requests.jsonl -o results.jsonl --model DIR
+    torchrun --master-port 29501 --nproc-per-node 4 --max-restarts 10 \
+      -m infer.run_batch -i requests.jsonl -o results.jsonl --model DIR
 
 Both are in the format of OpenAI's batches. --resume goes on after a run that was cut off.
 """

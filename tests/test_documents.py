@@ -29,7 +29,7 @@ def test_torchrun_lines(page, tmp_path, monkeypatch):
         line = f"{page.name}: {shlex.join(words)}"
         args = get_args_parser().parse_args(words[1:])
         assert args.max_restarts > 0, f"{line}: without --max-restarts the first lost rank is the end"
-        assert args.rdzv_backend == "static", line
+        assert args.rdzv_backend == "static" and args.master_port, f"{line}: this is c10d, which unpickles"
         if args.module and args.training_script == "infer.serve":
             engine, _ = parse(args.training_script_args)
             num_nodes = int(args.nnodes.rpartition(":")[2]) or 2  # 0: a shell variable

@@ -1,7 +1,7 @@
 """python -m infer.bench: how fast a model runs, and how fast it could.
 
     python -m infer.bench throughput --model DIR --input-len 128 --output-len 128 --concurrency 1 8 32
-    torchrun --nproc-per-node 2 --max-restarts 10 -m infer.bench latency --model DIR -pp 2 --batch-size 8
+    torchrun --master-port 29501 --nproc-per-node 2 -m infer.bench latency --model DIR -pp 2 --batch-size 8
     python -m infer.bench serve --base-url http://127.0.0.1:8000 --num-prompts 64 --max-concurrency 8 --ignore-eos
     python -m infer.bench startup --model DIR -tp 2 --repeats 3
     python -m infer.bench suite --model DIR

@@ -57,4 +57,5 @@ class Topology:
 
 
 def _launch(num_ranks: int) -> str:
-    return "python" if num_ranks == 1 else f"torchrun --nproc-per-node {num_ranks} --max-restarts 10"
+    torchrun = f"torchrun --nproc-per-node {num_ranks} --master-port 29500 --max-restarts 10"
+    return "python" if num_ranks == 1 else torchrun

@@ -146,7 +146,9 @@ class Frontend:
         if num_open:
             seconds = time.monotonic() - begun
             logger.warning("%d requests were not done within %.1f s; they are cut off", num_open, seconds)
-            reason += f", and this request was not done within {seconds:.1f} s (--shutdown-timeout)"
+            in_full = seconds >= self._config.shutdown_timeout
+            limit = "--shutdown-timeout" if in_full else "then the server was told to end at once"
+            reason += f", and this request was not done within {seconds:.1f} s ({limit})"
         self._end(reason, 0)
 
     def _end(self, reason: str, status: int) -> None:

@@ -69,7 +69,8 @@ def _bind_error(error: Exception, host: str, port: int) -> ValueError:
         return ValueError(f"port {port} on {host} needs privileges; choose one from 1024 with --port")
     if number == errno.EADDRNOTAVAIL:
         return ValueError(f"{host} is no address of this machine; choose another with --host")
-    return ValueError(f"cannot listen on {host} port {port}: {error}; choose others with --host and --port")
+    reason = str(error).rstrip(".")
+    return ValueError(f"cannot listen on {host} port {port}: {reason}; choose others with --host and --port")
 
 
 def listen_unix(path: Path) -> socket.socket:

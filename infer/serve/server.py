@@ -131,7 +131,8 @@ class Server:
         tokenizer_directory = existing_directory(config.tokenizer or config.model)
         if model_path and tokenizer_directory:
             self._prepare_frontend(model_path, tokenizer_directory)
-        self._timeline.begin("importing")
+        if "torch" not in sys.modules:  # else this process was forked from one that had imported it
+            self._timeline.begin("importing")
         with launch.lasting_imports():
             from infer.engine.loop import Engine
             from infer.engine.startup import check
