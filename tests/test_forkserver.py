@@ -142,7 +142,8 @@ def test_a_stand_in_ends_as_its_rank_does(start: Start, status: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_rank_gets_its_stand_in_s_signals(start: Start, number: signal.Signals) -> None:
     process = start(
-        f"import signal, sys; signal.signal({int(number)}, lambda *_: sys.exit(40)); print('up'); signal.pause()"
+        f"import signal, sys; signal.signal({int(number)}, lambda *_: sys.exit(40)); print('up'); signal.pause()",
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has SIGHUP ignored
     )
     assert first_line(process) == "up"
     process.send_signal(number)
