@@ -4,7 +4,9 @@ Weights are loaded plain, [N, K]; `choose` then says how they are kept from ther
 of a layer, [E, N, K]. These schemes change neither shapes nor values, only where the numbers lie.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,8 @@ from infer import native, ops, ops_latent, ops_moe
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _WORD_BYTES = 4  # what ops.pack_linear moves
-_BYTES_AT_ONCE = 16 << 20
+_BYTES_AT_ONCE = 1 << 20
+_MAX_COPIED_BYTES = 200 << 20  # a larger matrix must not be there twice, even for a moment
 
 
 class Matrix(ABC):
@@ -48,7 +51,7 @@ class Packed(Matrix):
     def __init__(self, weight: Tensor):
         """May overwrite the weight."""
         self.outputs, self.inputs = weight.shape
-        self.packed = _pack(weight)
+        self.packed = _pack(weight.unsqueeze(0))[0]
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.packed_linear(x, self.packed, bias, self.outputs)
@@ -58,7 +61,8 @@ class Packed(Matrix):
 
 
 class OneDnn(Matrix):
-    """Packed by oneDNN, for CPUs that multiply bfloat16 in hardware, in a form whose rows cannot be read."""
+    """Packed by oneDNN, for CPUs that multiply bfloat16 in hardware, in a form whose rows cannot be read. Packing takes
+    memory for a second copy."""
 
     def __init__(self, weight: Tensor):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -93,15 +97,8 @@ class PackedStack(Stack):
 
     def __init__(self, weight: Tensor):
         """May overwrite the weight."""
-        experts, self.outputs, inputs = weight.shape
-        if self.outputs % ops.LINEAR_LANES == 0:
-            packed = _pack(weight.view(-1, inputs))  # no block holds rows of two experts
-            self.packed = packed.view(experts, -1, *packed.shape[1:])
-        else:
-            first = ops.pack_linear(weight[0])
-            self.packed = weight.new_empty(experts, *first.shape)
-            for expert, matrix in enumerate(weight):
-                self.packed[expert] = ops.pack_linear(matrix)
+        self.outputs = weight.shape[1]
+        self.packed = _pack(weight)
 
     def multiply(self, x: Tensor, rows: Tensor | None, starts: Tensor) -> Tensor:
         return ops_moe.packed_grouped_linear(x, rows, starts, self.packed, self.outputs)
@@ -137,15 +134,17 @@ class PackedHeads(HeadMatrix):
 
 
 def choose(weight: Tensor, needs_rows: bool) -> Matrix:
-    """The fastest form of a weight on this machine that keeps it once. The weight itself may be overwritten.
+    """The fastest form of a weight on this machine that has it once. The weight itself may be overwritten.
 
-    needs_rows: it is an embedding as well. oneDNN would need a second copy for that; as a head it multiplies only the
-    last row of each sequence, where reading the weight is what takes the time.
+    needs_rows: it is an embedding as well, which oneDNN would need a second copy for. Most of those, and of the matrices
+    too large for oneDNN to pack, are heads. A head multiplies only the last row of each sequence, where reading the
+    weight is what takes the time.
     """
     if not _packs(weight):
         return Plain(weight)
     if weight.dtype == torch.bfloat16 and not needs_rows and _multiplies_bfloat16():
-        return OneDnn(weight)
+        if weight.nbytes <= _MAX_COPIED_BYTES:
+            return OneDnn(weight)
     return Packed(weight)
 
 
@@ -159,21 +158,42 @@ def choose_heads(weight: Tensor) -> HeadMatrix:
     return PackedHeads(weight) if _packs(weight) else PlainHeads(weight)
 
 
-def _pack(weight: Tensor) -> Tensor:
-    """ops.pack_linear, in the weight's own memory where nothing needs padding: a large one must not be there twice.
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a weight, undefined, with room behind it for a form whose rows are padded."""
+    if len(shape) < 2 or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    *stack, rows, inputs = shape
+    room = torch.empty(math.prod(stack) * _padded(rows) * inputs, dtype=dtype)
+    return room[: math.prod(shape)].view(*shape)
 
-    Blocks of rows lie one after the other in both forms, so that a few at a time can change places.
+
+def _pack(stack: Tensor) -> Tensor:
+    """ops.pack_linear of each of some matrices [E, N, K], in their own memory if they fill whole words and were
+    allocated here: a large one must not be there twice.
+
+    Blocks of rows lie one after the other in both forms, so that a few at a time can change places. The last go first,
+    as padding moves each matrix behind where it was.
     """
-    rows, inputs = weight.shape
-    row_bytes = inputs * weight.element_size()
-    if rows % ops.LINEAR_LANES or row_bytes % _WORD_BYTES or not weight.is_contiguous():
-        return ops.pack_linear(weight)
-    step = max(_BYTES_AT_ONCE // max(row_bytes, 1) // ops.LINEAR_LANES, 1) * ops.LINEAR_LANES
-    for first in range(0, rows, step):
-        part = weight[first : first + step]
-        part.copy_(ops.pack_linear(part).view_as(part))
-    together = _WORD_BYTES // weight.element_size()
-    return weight.view(rows // ops.LINEAR_LANES, inputs // together, ops.LINEAR_LANES, together)
+    count, rows, inputs = stack.shape
+    together = _WORD_BYTES // stack.element_size()
+    padded, width = _padded(rows), -(-inputs // together) * together
+    room = stack.untyped_storage().nbytes() // stack.element_size() - stack.storage_offset()
+    if stack.is_contiguous() and width == inputs and room >= count * padded * width:
+        packed = stack.as_strided((count, padded, width), (padded * width, width, 1))
+    else:
+        packed = stack.new_empty(count, padded, width)
+    row_bytes = max(width * stack.element_size(), 1)
+    step = max(_BYTES_AT_ONCE // row_bytes // ops.LINEAR_LANES, 1) * ops.LINEAR_LANES
+    for index in reversed(range(count)):
+        for first in reversed(range(0, rows, step)):
+            part = packed[index, first : first + step]
+            part.copy_(ops.pack_linear(stack[index, first : first + step]).view_as(part))
+    return packed.view(count, padded // ops.LINEAR_LANES, width // together, ops.LINEAR_LANES, together)
+
+
+def _padded(rows: int) -> int:
+    """Rows of a packed matrix, which come in whole blocks."""
+    return -(-rows // ops.LINEAR_LANES) * ops.LINEAR_LANES
 
 
 def _packs(weight: Tensor) -> bool:

@@ -26,13 +26,16 @@ COMMON = {
     "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 256,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
-CONFIGS = {  # some 405 MB each
+CONFIGS = {  # some 400 MB each, or of each stage
     "dense": COMMON | {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "num_hidden_layers": 9, "intermediate_size": 4096,
     },
     "tied": COMMON | {
-        "architectures": ["LlamaForCausalLM"], "vocab_size": 160000, "num_hidden_layers": 3, "intermediate_size": 2048,
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 160003, "num_hidden_layers": 3, "intermediate_size": 2048,
         "tie_word_embeddings": True,
+    },
+    "head": COMMON | {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 200003, "num_hidden_layers": 2, "intermediate_size": 64,
     },
     "experts": COMMON | {
         "architectures": ["MixtralForCausalLM"], "vocab_size": 8000, "num_hidden_layers": 4, "intermediate_size": 1792,
@@ -82,7 +85,8 @@ def write_checkpoint(path: Path, config: dict[str, object]) -> None:
 
 
 def peak_while_loading(checkpoint: Path, *args: object) -> tuple[int, int]:
-    """(bytes of the rank's parameters, the most anonymous memory that its process held at once)."""
+    """(bytes of the rank's parameters, the most anonymous memory that its process held at once). args: of
+    load_stage.py."""
     command = [sys.executable, str(SCRIPTS / "load_stage.py"), str(checkpoint), *map(str, args)]
     env = {"PYTHONPATH": python_path(ROOT, ROOT / "tests"), "PATH": "", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -125,3 +129,13 @@ def test_a_rank_takes_its_own_weights_and_little_more(
     print(f"{own / 2**20:.0f} MiB of weights, at most {peak / 2**20:.0f} MiB held")
     assert peak > own, "the weights themselves were not seen"
     assert peak <= 1.1 * own + OVERHEAD
+
+
+@pytest.mark.parametrize(("name", "pp", "pp_size"), [("dense", 0, 1), ("head", 1, 2)])
+def test_so_it_is_where_the_cpu_multiplies_bfloat16(
+    checkpoints: Callable[[str], Path], name: str, pp: int, pp_size: int
+) -> None:
+    """oneDNN packs into a second copy there."""
+    own, peak = peak_while_loading(checkpoints(name), 0, 1, pp, pp_size, "{}", "onednn")
+    print(f"{own / 2**20:.0f} MiB of weights, at most {peak / 2**20:.0f} MiB held")
+    assert own < peak <= 1.1 * own + OVERHEAD

@@ -60,15 +60,27 @@ def test_every_scheme_gives_rows_and_products(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(16, 2), (64, 33), (160, 6), (33, 8)], ids=str)
-def test_packing_in_place_gives_what_packing_does(shape, dtype, monkeypatch):
+@pytest.mark.parametrize("shape", [(16, 2), (64, 33), (160, 6), (33, 8), (33, 7), (1, 2)], ids=str)
+@pytest.mark.parametrize("allocated", [True, False])
+def test_packing_in_place_gives_what_packing_does(shape, dtype, allocated, monkeypatch):
     monkeypatch.setattr(quant, "_BYTES_AT_ONCE", 1000)  # several parts, the last one shorter
-    weight = torch.randn(shape).to(dtype)
-    plain = weight.clone()
+    plain = torch.randn(shape).to(dtype)
+    weight = quant.allocate(shape, dtype, torch.device("cpu")).copy_(plain) if allocated else plain.clone()
     packed = quant.Packed(weight).packed
     assert torch.equal(packed, ops.pack_linear(plain))
-    fits = shape[0] % 16 == 0 and shape[1] * dtype.itemsize % 4 == 0
-    assert (packed.data_ptr() == weight.data_ptr()) == fits
+    fits = (allocated or shape[0] % 16 == 0) and shape[1] * dtype.itemsize % 4 == 0
+    assert packed.numel() == 0 or (packed.data_ptr() == weight.data_ptr()) == fits
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 24), (4, 33, 10), (2, 16, 8), (3, 5, 7), (0, 5, 4)], ids=str)
+def test_a_stack_of_padded_matrices_is_packed_in_place(shape, monkeypatch):
+    monkeypatch.setattr(quant, "_BYTES_AT_ONCE", 500)
+    plain = torch.randn(shape).bfloat16()
+    weight = quant.allocate(shape, plain.dtype, torch.device("cpu")).copy_(plain)
+    packed = quant.PackedStack(weight).packed
+    assert len(packed) == len(plain)
+    assert all(torch.equal(mine, ops.pack_linear(matrix)) for mine, matrix in zip(packed, plain, strict=True))
+    assert packed.numel() == 0 or (packed.data_ptr() == weight.data_ptr()) == (shape[-1] % 2 == 0)
 
 
 def test_a_weight_is_kept_once_where_the_cpu_multiplies_bfloat16(monkeypatch):
@@ -78,6 +90,8 @@ def test_a_weight_is_kept_once_where_the_cpu_multiplies_bfloat16(monkeypatch):
     weight = torch.randn(32, 16).bfloat16()
     assert isinstance(quant.choose(weight, needs_rows=False), quant.OneDnn)
     assert isinstance(quant.choose(weight, needs_rows=True), quant.Packed)
+    monkeypatch.setattr(quant, "_MAX_COPIED_BYTES", weight.nbytes - 1)
+    assert isinstance(quant.choose(weight, needs_rows=False), quant.Packed)
 
 
 def test_wrong_arguments_are_refused_by_name():

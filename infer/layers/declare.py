@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infer.parallel.placement import WeightSpec
+from infer.quant import allocate
 
 if TYPE_CHECKING:
     from infer.parallel.groups import Group
@@ -44,7 +45,7 @@ class Layer(nn.Module):
         To be assigned to the attribute of that name: `self.weight = self.declare("weight", spec, place)`.
         """
         self.specs[name] = spec
-        data = torch.empty(spec.local_shape, dtype=dtype or place.dtype, device=place.device)
+        data = allocate(spec.local_shape, dtype or place.dtype, place.device)
         return nn.Parameter(data, requires_grad=False)
 
     def pack(self) -> None:

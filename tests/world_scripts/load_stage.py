@@ -1,8 +1,9 @@
 """One rank's part of a checkpoint, loaded as the engine loads it; its groups are asked nothing while loading.
 
-    load_stage.py CHECKPOINT TP_INDEX TP_SIZE PP_INDEX PP_SIZE OPTIONS
+    load_stage.py CHECKPOINT TP_INDEX TP_SIZE PP_INDEX PP_SIZE OPTIONS [onednn]
 
-OPTIONS: further fields of the engine's config, as JSON. Prints the bytes of its parameters.
+OPTIONS: further fields of the engine's config, as JSON. onednn: as on a CPU that multiplies bfloat16 in hardware. Prints
+the bytes of its parameters.
 """
 
 import json
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
+from infer import quant
 from infer.config import EngineConfig
 from infer.engine.startup import _load_stage
 from infer.launch import RankEnv
@@ -21,6 +23,8 @@ from infer.parallel.topology import Topology
 
 def main() -> None:
     tp, tp_size, pp, pp_size = map(int, sys.argv[2:6])
+    if sys.argv[7:] == ["onednn"]:
+        quant._multiplies_bfloat16 = lambda: True
     config = EngineConfig(model=sys.argv[1], **json.loads(sys.argv[6]))
     path, model_config = read_model(config)
     groups = SimpleNamespace(
