@@ -136,15 +136,15 @@ class PackedHeads(HeadMatrix):
 def choose(weight: Tensor, needs_rows: bool) -> Matrix:
     """The fastest form of a weight on this machine that has it once. The weight itself may be overwritten.
 
-    needs_rows: it is an embedding as well, which oneDNN would need a second copy for. Most of those, and of the matrices
+    needs_rows: it is an embedding as well, which oneDNN would need a second copy for. Those, and most matrices that are
     too large for oneDNN to pack, are heads. A head multiplies only the last row of each sequence, where reading the
     weight is what takes the time.
     """
     if not _packs(weight):
         return Plain(weight)
-    if weight.dtype == torch.bfloat16 and not needs_rows and _multiplies_bfloat16():
-        if weight.nbytes <= _MAX_COPIED_BYTES:
-            return OneDnn(weight)
+    may_copy = not needs_rows and weight.nbytes <= _MAX_COPIED_BYTES
+    if weight.dtype == torch.bfloat16 and may_copy and _multiplies_bfloat16():
+        return OneDnn(weight)
     return Packed(weight)
 
 

@@ -8,24 +8,14 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from operator import attrgetter
 
-import numpy as np
-
-from infer.cache.blocks import BlockPool, block_hash, root_hash
-from infer.engine.batch import (
-    COLUMNS,
-    NEW,
-    PROMPT_LOGPROBS,
-    RESET,
-    SAMPLE,
-    TEXT_ENDED,
-    Batch,
-    NewSequence,
-    StepResult,
-)
+from infer.cache.blocks import BlockPool
+from infer.engine.batch import TEXT_ENDED, Batch, StepResult
+from infer.engine.holdings import Holdings
+from infer.engine.plan import Plan
 from infer.engine.sequence import Sequence
 from infer.request import FinishReason, Output, Request, TokenLogprobs
 
@@ -43,21 +33,6 @@ class Stats:
     num_preemptions: int = 0
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # and found
-
-
-@dataclass
-class _Plan:
-    """A batch under construction."""
-
-    rows: list[list[int]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    new: list[NewSequence] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)
-    starts: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # sequence id -> it, its first position
-    max_tokens: int = 0
-    num_tokens: int = 0
-    num_decodes: int = 0
 
 
 class Scheduler:
@@ -83,12 +58,13 @@ class Scheduler:
         assert enable_chunked_prefill or max_num_batched_tokens >= max_model_len, "a prompt would never fit a batch"
         self.pool, self.max_model_len, self.max_num_seqs = pool, max_model_len, max_num_seqs
         self.max_num_batched_tokens, self.pp_size = max_num_batched_tokens, pp_size
-        self.enable_prefix_caching, self.enable_chunked_prefill = enable_prefix_caching, enable_chunked_prefill
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self._holdings = Holdings(pool, enable_prefix_caching)
         self._clock = clock
         self.stats = Stats()
         self.waiting: deque[Sequence] = deque()  # both in rising `order`
         self.running: list[Sequence] = []
-        self._in_flight: deque[tuple[int, _Plan]] = deque()
+        self._in_flight: deque[tuple[int, Plan]] = deque()
         self._choices: dict[str, dict[int, Sequence]] = {}  # request id -> its unfinished choices
         self._alone: dict[str, None] = {}  # requests that run alone until a token of theirs has come, in order
         self._num_alone_in_a_row = 0
@@ -153,7 +129,7 @@ class Scheduler:
         """The next batch, or None when nothing can run before a result comes back."""
         if len(self._in_flight) >= self.pp_size:
             return None
-        plan = _Plan(max_tokens=self._budget())
+        plan = Plan(max_tokens=self._budget())
         if self._alone:
             self._plan_beside_alone(plan)
         elif not self._continue_running(plan, self.running):
@@ -168,16 +144,9 @@ class Scheduler:
         self._step = (self._step + 1) % (1 << 31)
         self._in_flight.append((self._step, plan))
         freed, self._freed = self._freed, []
-        return Batch(
-            self._step,
-            np.array(plan.rows, dtype=np.int32).reshape(-1, COLUMNS),
-            np.array(plan.tokens, dtype=np.int32),
-            np.array(plan.blocks, dtype=np.int32),
-            np.array(freed, dtype=np.int32),
-            plan.new,
-        )
+        return plan.batch(self._step, freed)
 
-    def _plan_beside_alone(self, plan: _Plan) -> None:
+    def _plan_beside_alone(self, plan: Plan) -> None:
         """A batch of the first of those that run alone, or, each time some of them are through, one of the others."""
         if self._num_alone_in_a_row >= ALONE_IN_A_ROW:
             self._num_alone_in_a_row = 0
@@ -196,7 +165,7 @@ class Scheduler:
     def _make_room(self, request_id: str) -> None:
         """Preempts other requests as long as this one does not fit beside them."""
         choices = self._choices[request_id].values()
-        missing = sum(self.pool.blocks_for(len(s.tokens)) - len(s.block_table) for s in choices)
+        missing = sum(self._holdings.missing(sequence, len(sequence.tokens)) for sequence in choices)
         others = [sequence for sequence in self.running if sequence.request.request_id != request_id]
         while others and (missing > self.pool.num_free_blocks or len(others) + len(choices) > self.max_num_seqs):
             self._preempt(others.pop())
@@ -211,12 +180,12 @@ class Scheduler:
         share = -(-todo // (BATCHES_PER_STAGE * self.pp_size))
         return min(self.max_num_batched_tokens, max(share, MIN_PIPELINE_TOKENS))
 
-    def _continue_running(self, plan: _Plan, sequences: list[Sequence]) -> bool:
+    def _continue_running(self, plan: Plan, sequences: list[Sequence]) -> bool:
         """Adds these running sequences in their order. True if one had to be preempted."""
         decode_cap = -(-sum(sequence.is_decoding for sequence in sequences) // self.pp_size)
         preempted = False
         for sequence in list(sequences):
-            room = plan.max_tokens - plan.num_tokens
+            room = plan.room
             if room == 0:
                 break
             if sequence.num_todo == 0 or not sequence.running:
@@ -226,7 +195,7 @@ class Scheduler:
             count = min(sequence.num_todo, room)
             if count < sequence.num_todo and not self.enable_chunked_prefill:
                 continue
-            while not self._grow(sequence, sequence.num_computed + count):
+            while not self._holdings.grow(sequence, sequence.num_computed + count):
                 preempted = True
                 last = self.running[-1]
                 self._preempt(last)
@@ -236,13 +205,13 @@ class Scheduler:
                 self._schedule(plan, sequence, count)
         return preempted
 
-    def _admit_waiting(self, plan: _Plan, request_id: str | None = None) -> None:
+    def _admit_waiting(self, plan: Plan, request_id: str | None = None) -> None:
         """Adds waiting sequences in their order, of this request or (None) of any."""
         while len(self.running) < self.max_num_seqs and (sequence := self._first_waiting(request_id)) is not None:
-            room = plan.max_tokens - plan.num_tokens
+            room = plan.room
             if room == 0 or sequence.awaiting:  # preempted with a token on its way: that comes first
                 return
-            hits = self._cached_prefix(sequence)
+            hits = self._holdings.cached_prefix(sequence)
             num_cached = len(hits) * self.pool.block_size
             count = min(len(sequence.tokens) - num_cached, room)
             if num_cached + count < len(sequence.tokens) and not self.enable_chunked_prefill:
@@ -253,12 +222,9 @@ class Scheduler:
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=attrgetter("order"))
             sequence.running = True
-            self.pool.take(hits)
-            sequence.block_table, sequence.has_hits = list(hits), bool(hits)
-            sequence.num_registered = len(hits)
-            sequence.num_computed = num_cached
+            self._holdings.take(sequence, hits)
             self._count_admission(sequence, num_cached)
-            grown = self._grow(sequence, num_cached + count)
+            grown = self._holdings.grow(sequence, num_cached + count)
             assert grown
             self._schedule(plan, sequence, count)
 
@@ -266,18 +232,6 @@ class Scheduler:
         if request_id is None:
             return self.waiting[0] if self.waiting else None
         return next((sequence for sequence in self.waiting if sequence.request.request_id == request_id), None)
-
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks to start from. At least one token is left to compute: a step is needed to draw the next."""
-        # Prompt log-probabilities are reported by the step that computes a position, so none may be skipped before the
-        # first token (with which they are told), not even by a resume after preemption.
-        if not self.enable_prefix_caching or (sequence.wants_prompt_logprobs and not sequence.num_generated):
-            return []
-        if sequence.avoids_cache:
-            return []
-        size = self.pool.block_size
-        hits = self.pool.cached(self._hashes(sequence, len(sequence.tokens) // size))
-        return hits[: (len(sequence.tokens) - 1) // size]
 
     def _count_admission(self, sequence: Sequence, num_cached: int) -> None:
         if sequence.started:
@@ -288,89 +242,22 @@ class Scheduler:
         # Of a prompt that another engine has computed, the client was told then.
         sequence.num_cached = 0 if sequence.num_generated else num_cached
         self.stats.num_prompt_tokens += sequence.num_prompt
-        if self.enable_prefix_caching:
+        if self._holdings.enable_prefix_caching:
             self.stats.prefix_cache_queries += sequence.num_prompt
             self.stats.prefix_cache_hits += num_cached
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Makes its block table cover num_tokens. False if there are not enough free blocks."""
-        missing = self.pool.blocks_for(num_tokens) - len(sequence.block_table)
-        if missing > self.pool.num_free_blocks:
-            return False
-        sequence.block_table += self.pool.allocate(max(missing, 0))
-        return True
-
-    def _schedule(self, plan: _Plan, sequence: Sequence, count: int) -> None:
-        start, end = sequence.num_computed, sequence.num_computed + count
-        new_tokens = sequence.tokens[sequence.num_announced_tokens :]
-        new_blocks = sequence.block_table[sequence.num_announced_blocks :]
-        flags = 0
-        if not sequence.announced:
-            flags |= NEW
-            request = sequence.request
-            plan.new.append(
-                NewSequence(
-                    params=request.params,
-                    seed=request.seed,
-                    choice=sequence.choice,
-                    num_prompt_tokens=sequence.num_prompt,
-                    eos_token_ids=list(request.eos_token_ids),
-                    bad_words_token_ids=request.bad_words_token_ids,
-                )
-            )
-        if sequence.reset:
-            flags |= RESET
-        if sequence.wants_prompt_logprobs and start < sequence.num_prompt - 1 and not sequence.num_generated:
-            flags |= PROMPT_LOGPROBS
-        if sequence.is_decoding:
-            plan.num_decodes += 1
-        if end == len(sequence.tokens):
-            flags |= SAMPLE
-            sequence.awaiting = True
-            plan.sampled.append(sequence)
-        plan.rows.append([sequence.seq_id, start, count, flags, len(new_tokens), len(new_blocks)])
-        plan.tokens += new_tokens
-        plan.blocks += new_blocks
-        plan.starts[sequence.seq_id] = sequence, start
-        plan.num_tokens += count
-        sequence.announced, sequence.reset = True, False
-        sequence.num_announced_tokens = len(sequence.tokens)
-        sequence.num_announced_blocks = len(sequence.block_table)
-        sequence.num_computed = end
-        self._register_full_blocks(sequence)
-
-    def _register_full_blocks(self, sequence: Sequence) -> None:
-        """Blocks whose last token is in this batch can be found from the next sequence on: all ranks run batches in
-        order, and within a layer all keys are written before any is read."""
-        if not self.enable_prefix_caching:
-            return
-        full = sequence.num_computed // self.pool.block_size
-        hashes = self._hashes(sequence, full)
-        for index in range(sequence.num_registered, full):
-            self.pool.register(sequence.block_table[index], hashes[index])
-        sequence.num_registered = max(sequence.num_registered, full)
-
-    def _hashes(self, sequence: Sequence, count: int) -> list[bytes]:
-        size = self.pool.block_size
-        while len(sequence.hashes) < count:
-            at = len(sequence.hashes)
-            parent = sequence.hashes[-1] if sequence.hashes else root_hash(sequence.request.cache_salt)
-            sequence.hashes.append(block_hash(parent, sequence.tokens[at * size : (at + 1) * size]))
-        return sequence.hashes[:count]
+    def _schedule(self, plan: Plan, sequence: Sequence, count: int) -> None:
+        plan.add(sequence, count)
+        self._holdings.register(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, to be computed again. A token on its way is still taken when it comes."""
         self.running.remove(sequence)
         sequence.running = False
-        self._release(sequence)
+        self._holdings.release(sequence)
         sequence.reset = sequence.announced
         self._queue(sequence)
         self.stats.num_preemptions += 1
-
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
-        sequence.block_table = []
-        sequence.num_announced_blocks = sequence.num_registered = sequence.num_computed = 0
 
     # ------------------------------------------------------------------ results
 
@@ -454,22 +341,18 @@ class Scheduler:
         A NaN spoils even what comes before it in a prompt: attention kernels multiply a masked value by 0, and that is
         NaN again. So a neighbour that shares the beginning and was scheduled before the fault showed has it as well.
         """
-        self._forget(sequence)
+        self._holdings.forget(sequence)
         sequence.avoids_cache, sequence.has_hits = True, False
         if not sequence.num_generated:
             sequence.num_cached = 0
         if sequence.running:  # else it was preempted meanwhile, and begins anew as it is
-            self._release(sequence)
+            self._holdings.release(sequence)
             sequence.reset = sequence.announced
-
-    def _forget(self, sequence: Sequence) -> None:
-        """Nobody finds its blocks any more. By content, not by its block table, which is empty if it was preempted."""
-        self.pool.forget(self.pool.known(sequence.hashes))
 
     def _fail(self, sequence: Sequence, reason: str | None) -> Output:
         """reason: why its parameters leave no token. None: its values may be unsound, which others must not read."""
         if reason is None:
-            self._forget(sequence)
+            self._holdings.forget(sequence)
             reason = "no token could be drawn: the model's values were not finite, or the parameters leave no token"
         self._end(sequence)
         return Output(
@@ -485,7 +368,7 @@ class Scheduler:
             self._came_through(sequence.request.request_id)
         (self.running if sequence.running else self.waiting).remove(sequence)
         sequence.running = False
-        self._release(sequence)
+        self._holdings.release(sequence)
         if sequence.announced:
             self._freed.append(sequence.seq_id)
 

@@ -2,8 +2,8 @@
 
     load_stage.py CHECKPOINT TP_INDEX TP_SIZE PP_INDEX PP_SIZE OPTIONS [onednn]
 
-OPTIONS: further fields of the engine's config, as JSON. onednn: as on a CPU that multiplies bfloat16 in hardware. Prints
-the bytes of its parameters.
+OPTIONS: further fields of the engine's config, as JSON. onednn: as on a CPU that multiplies bfloat16 in hardware.
+Prints the bytes of its parameters.
 """
 
 import json
