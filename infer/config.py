@@ -338,7 +338,8 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            known = self._option_string_actions.keys() - {"--help"}
+            near = difflib.get_close_matches(name, sorted(known), n=1)
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
         return found
 
