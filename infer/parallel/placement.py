@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from infer.models.config import ModelConfig
     from infer.models.moe_config import MoeConfig
 
+HEAD_SHARE = 2 / 3  # of the head's parameters that count: a prompt needs it for its last token only
 COLUMN_UNIT = 8  # columns of two bytes each whose rows GPUs' grouped products take: they begin at multiples of 16 bytes
 
 
@@ -85,8 +86,8 @@ def balanced_layers(c: "ModelConfig", pp_size: int, partition: tuple[int, ...] |
 
     partition: layers of each stage, where the user chose them. Otherwise the slowest stage is made as fast as can be,
     then the next slowest, and so on: a layer costs the parameters that a token meets in it, and the head, on the last
-    stage, vocab_size * hidden_size. The embedding is a lookup and costs nothing to compute; but it takes memory, so
-    stages after the first take the odd layers.
+    stage, HEAD_SHARE of its vocab_size * hidden_size. The embedding is a lookup and costs nothing to compute; but it
+    takes memory, so stages after the first take the odd layers.
     Raises ValueError where a stage would have no layer, or the partition does not sum to the model's layers.
     """
     if pp_size > c.num_layers:
@@ -96,7 +97,7 @@ def balanced_layers(c: "ModelConfig", pp_size: int, partition: tuple[int, ...] |
         )
     if partition is not None:
         return _explicit_layers(c, pp_size, partition)
-    return _successive(_balanced_counts(c.active_parameters, c.vocab_size * c.hidden_size, pp_size))
+    return _successive(_balanced_counts(c.active_parameters, int(HEAD_SHARE * c.vocab_size * c.hidden_size), pp_size))
 
 
 def _balanced_counts(costs: tuple[int, ...], head: int, pp_size: int) -> list[int]:
