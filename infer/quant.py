@@ -177,8 +177,9 @@ def _pack(stack: Tensor) -> Tensor:
     count, rows, inputs = stack.shape
     together = _WORD_BYTES // stack.element_size()
     padded, width = _padded(rows), -(-inputs // together) * together
-    room = stack.untyped_storage().nbytes() // stack.element_size() - stack.storage_offset()
-    if stack.is_contiguous() and width == inputs and room >= count * padded * width:
+    storage, size = stack.untyped_storage(), count * padded * width * stack.element_size()
+    has_room = stack.storage_offset() == 0 and storage.nbytes() == size  # a part of a larger tensor has none of its own
+    if stack.is_contiguous() and width == inputs and (rows == padded or has_room):
         packed = stack.as_strided((count, padded, width), (padded * width, width, 1))
     else:
         packed = stack.new_empty(count, padded, width)
